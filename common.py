@@ -1,0 +1,1045 @@
+"""Data loading and evaluation for the TRQAM scripts. Nothing of the algorithm stands here.
+
+Two functions are all a script needs for its data: `load_dataset(...)` gives a `ChunkDataset`, and
+`ChunkDataset.sample(batch_size, generator)` a `Batch`. To train on data of your own, replace those two.
+The rest: OGBench environments, collecting data with OGBench's scripted oracles, evaluation in parallel
+environments, and what a run writes (settings, logs, checkpoints, curves, video).
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import multiprocessing.forkserver
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+warnings.filterwarnings("ignore", module="glfw")  # MuJoCo's window library warns where there is no screen
+import gymnasium
+import ogbench
+from ogbench.relabel_utils import relabel_dataset
+
+gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks of OGBench's spaces warn at each environment
+PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)  # few lines in a log file
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is one line that says what is wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- environments
+
+
+def split_env_id(env_id: str) -> tuple[str, str]:
+    """Check a single-task id such as `scene-play-singletask-task1-v0` -> (environment, dataset name).
+
+    Here (`scene-singletask-task1-v0`, `scene-play-v0`). Raises UserError, with the nearest known id, for any other.
+    """
+    known = known_env_ids()
+    if env_id not in known:
+        nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0)[0]
+        raise UserError(f"--env-id: unknown environment {env_id!r}; did you mean {nearest!r}?")
+    name = re.fullmatch(r"(?P<env>.+)-(?P<type>[a-z]+)-(?P<task>singletask(-task\d)?)-(?P<version>v\d)", env_id)
+    return f"{name['env']}-{name['task']}-{name['version']}", f"{name['env']}-{name['type']}-{name['version']}"
+
+
+def domain_of(env_id: str) -> str:
+    """`scene-play-singletask-task1-v0` -> `scene-play`: what the five tasks of a domain, and their prior, share."""
+    return env_id.split("-singletask")[0]
+
+
+@functools.cache
+def known_env_ids() -> list[str]:
+    """All state-based single-task OGBench ids, the types of dataset that OGBench publishes included."""
+    types = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch")}
+    ids = []
+    for name in gymnasium.registry:
+        if "-singletask-" in name and not name.startswith("visual-"):
+            head, tail = name.split("-singletask-")
+            kind = next((types[key] for key in types if key in head), ("play", "noisy"))
+            ids += [f"{head}-{type_}-singletask-{tail}" for type_ in kind]
+    return ids
+
+
+class SeededReset(gymnasium.Wrapper):
+    """Makes `reset(seed=...)` decide the whole episode.
+
+    OGBench's resets also draw from NumPy's global generator, and take random steps from an action space that is made
+    anew, unseeded, each time it is asked for.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        base = env.unwrapped
+        self._space = base.action_space
+        if isinstance(getattr(type(base), "action_space", None), property):
+            base.__class__ = type(type(base).__name__, (type(base),), {"action_space": self._space})
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            np.random.seed(seed)
+            self._space.seed(seed)
+        return self.env.reset(seed=seed, options=options)
+
+
+def make_env(env_id: str, **kwargs) -> gymnasium.Env:
+    """The environment of a single-task id, with seeded resets."""
+    env = gymnasium.make(split_env_id(env_id)[0], **kwargs)
+    # OGBench clips actions itself and returns float64 observations: the checker has nothing to add but warnings.
+    return SeededReset(env)
+
+
+# ------------------------------------------------------------------------------------------------- collecting data
+
+STEPS_PER_EPISODE = {"pointmaze-giant": 2001}  # all others: 1,001, the last of which only holds the final state
+EPISODES_OFFICIAL = {"cube-triple": 3000, "cube-quadruple": 5000, "pointmaze-giant": 500}  # all others: 1,000
+STACKING = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5), "octuple": (0, 0.35)}
+
+
+def can_collect(dataset_name: str) -> bool:
+    """Whether OGBench ships the oracle that made this dataset: `play` manipulation and pointmaze `navigate` data."""
+    return bool(re.match(r"((cube|scene|puzzle)-(.+-)?play|pointmaze-\w+-navigate)-v0$", dataset_name))
+
+
+def official_size(dataset_name: str) -> tuple[int, int]:
+    """(training episodes, steps of each) of the official dataset that OGBench's generator makes."""
+    name = next((key for key in {**EPISODES_OFFICIAL, **STEPS_PER_EPISODE} if dataset_name.startswith(key)), "")
+    return EPISODES_OFFICIAL.get(name, 1000), STEPS_PER_EPISODE.get(name, 1001)
+
+
+@functools.cache
+def collection_env(dataset_name: str) -> gymnasium.Env:
+    """One environment per worker process and dataset, in the mode OGBench's generator uses."""
+    env_name = re.sub(r"-(play|navigate)-", "-", dataset_name)
+    mode = {} if "maze" in env_name else {"mode": "data_collection"}
+    steps = official_size(dataset_name)[1]
+    return SeededReset(gymnasium.make(env_name, terminate_at_goal=False, max_episode_steps=steps, **mode))
+
+
+def collect_play_episode(env: gymnasium.Env, dataset_name: str, seed: int) -> dict[str, list]:
+    """One episode of OGBench's `play` recipe: scripted, noisy oracles pursue one random sub-task after the other."""
+    from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
+    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
+    from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
+    from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
+
+    noise = dict(noise=0.1, noise_smoothing=0.5)
+    if dataset_name.startswith("puzzle"):
+        oracles = {"button": ButtonPlanOracle(env=env, gripper_always_closed=True, **noise)}
+    else:
+        kinds = {"cube": CubePlanOracle, "button": ButtonPlanOracle, "drawer": DrawerPlanOracle, "window": WindowPlanOracle}
+        oracles = {task: kind(env=env, **noise) for task, kind in kinds.items()}
+
+    ob, info = env.reset(seed=seed)
+    low, high = STACKING.get(dataset_name.split("-")[1], (0.5, 0.5)) if dataset_name.startswith("cube") else (0.5, 0.5)
+    p_stack = np.random.uniform(low, high)
+    oracle = oracles[info["privileged/target_task"]]
+    oracle.reset(ob, info)
+    data = {key: [] for key in ("observations", "actions", "terminals", "qpos", "qvel", "button_states")}
+    done = False
+    while not done:
+        action = np.clip(oracle.select_action(ob, info), -1, 1)
+        next_ob, _, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        if oracle.done:
+            ob_target, info_target = env.unwrapped.set_new_target(p_stack=p_stack)
+            oracle = oracles[info_target["privileged/target_task"]]
+            oracle.reset(ob_target, info_target)
+        data["observations"].append(ob)
+        data["actions"].append(action)
+        data["terminals"].append(done)
+        data["qpos"].append(info["prev_qpos"])
+        data["qvel"].append(info["prev_qvel"])
+        if "prev_button_states" in info:
+            data["button_states"].append(info["prev_button_states"])
+        ob = next_ob
+    return data
+
+
+def collect_maze_episode(env: gymnasium.Env, dataset_name: str, seed: int) -> dict[str, list]:
+    """One episode of OGBench's pointmaze `navigate` recipe: noisy steps along the shortest way to one random goal
+    after the other."""
+    maze = env.unwrapped
+    free = [tuple(cell) for cell in np.argwhere(maze.maze_map == 0)]
+    # Goals lie on cells that are no corridor: those that a straight way does not merely pass through.
+    goals = []
+    for i, j in free:
+        vertical = maze.maze_map[i - 1, j] == 0 and maze.maze_map[i + 1, j] == 0
+        horizontal = maze.maze_map[i, j - 1] == 0 and maze.maze_map[i, j + 1] == 0
+        walls_beside = maze.maze_map[i, j - 1] == 1 and maze.maze_map[i, j + 1] == 1
+        walls_above = maze.maze_map[i - 1, j] == 1 and maze.maze_map[i + 1, j] == 1
+        if not (vertical and walls_beside) and not (horizontal and walls_above):
+            goals.append((i, j))
+
+    rng = np.random.default_rng(seed)
+    task = {"init_ij": free[rng.integers(len(free))], "goal_ij": goals[rng.integers(len(goals))]}
+    ob, _ = env.reset(seed=seed, options={"task_info": task})
+    data = {key: [] for key in ("observations", "actions", "terminals", "qpos", "qvel")}
+    done = False
+    while not done:
+        subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
+        direction = subgoal - maze.get_xy()
+        direction = direction / (np.linalg.norm(direction) + 1e-6)
+        action = np.clip(direction + rng.normal(0, 0.5, size=2), -1, 1)
+        next_ob, _, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        if info["success"]:
+            goal = maze.ij_to_xy(goals[rng.integers(len(goals))])
+            maze.set_goal(goal_xy=maze.add_noise(goal))
+        data["observations"].append(ob)
+        data["actions"].append(action)
+        data["terminals"].append(done)
+        data["qpos"].append(info["prev_qpos"])
+        data["qvel"].append(info["prev_qvel"])
+        ob = next_ob
+    return data
+
+
+def cube_was_lost(qpos: np.ndarray) -> bool:
+    """Whether the cube of a scene episode, qpos [T, .], was pushed out of reach: OGBench discards such episodes."""
+    y, z = qpos[:, 15], qpos[:, 16]
+    return bool(np.any(y >= 0.29) or np.any((y <= -0.3) & ((z < 0.06) | (z > 0.08))))
+
+
+def collect_episode(dataset_name: str, seed: int, split: str, index: int) -> dict[str, np.ndarray]:
+    """Episode `index` of a dataset's split ("train" or "val"): a function of these arguments alone.
+
+    Returns arrays of T rows in OGBench's types: observations [T, O], actions [T, d], qpos, qvel float32, terminals
+    bool, and button_states int64 where the environment has buttons. The last row holds the final state.
+    """
+    env = collection_env(dataset_name)
+    collect = collect_maze_episode if "maze" in dataset_name else collect_play_episode
+    for attempt in range(1000):
+        entropy = np.random.SeedSequence([seed, ("train", "val").index(split), index, attempt])
+        data = collect(env, dataset_name, int(entropy.generate_state(1)[0]))
+        if not (dataset_name.startswith("scene") and cube_was_lost(np.array(data["qpos"]))):
+            break
+    types = {"terminals": bool, "button_states": np.int64}
+    return {key: np.array(rows, dtype=types.get(key, np.float32)) for key, rows in data.items() if rows}
+
+
+def collected_path(dataset_name: str, episodes: int, seed: int, dataset_dir: str) -> Path:
+    """Where a collected dataset lies: its name says how it was made, so that it never passes for the official one."""
+    name = dataset_name.removesuffix("-v0")
+    return Path(dataset_dir).expanduser() / f"{name}-collected-{episodes}ep-seed{seed}-v0.npz"
+
+
+def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: str, workers: int | None = None) -> Path:
+    """Collect `episodes` training and a tenth as many validation episodes with OGBench's scripted oracle.
+
+    Writes `NAME.npz` and `NAME-val.npz` in OGBench's format, and `NAME.json` with their origin. The data depends on
+    (dataset_name, episodes, seed) alone, not on `workers` (default: one per core). Finished episodes are kept in
+    `NAME.partial` until all are there, so that a collection that was stopped goes on where it was. Returns the path
+    of NAME.npz; at once if it is already there. Raises UserError where no oracle exists.
+    """
+    path = collected_path(dataset_name, episodes, seed, dataset_dir)
+    if not can_collect(dataset_name):
+        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; {where_to_put(dataset_name, dataset_dir)}")
+    partial = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second run that wants the same data waits for it here
+        if path.with_suffix(".json").exists():
+            return path
+        partial.mkdir(exist_ok=True)
+        jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
+        files = {job: partial / f"{job[0]}-{job[1]:05d}.npz" for job in jobs}
+        missing = [job for job in jobs if not files[job].exists()]
+        steps = official_size(dataset_name)[1]
+        workers = min(workers or os.cpu_count(), len(missing)) or 1
+        with (
+            concurrent.futures.ProcessPoolExecutor(workers, mp_context=process_context()) as pool,
+            tqdm(total=len(jobs) * steps, initial=(len(jobs) - len(missing)) * steps, unit="step", unit_scale=True,
+                 desc=f"collecting {dataset_name}", **PROGRESS) as bar,
+        ):  # fmt: skip
+            tasks = [pool.submit(write_episode, dataset_name, seed, *job, files[job]) for job in missing]
+            try:
+                for task in concurrent.futures.as_completed(tasks):
+                    task.result()
+                    bar.update(steps)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        for split, target in (("val", path.with_name(f"{path.stem}-val.npz")), ("train", path)):
+            episodes_of_split = [dict(np.load(files[job])) for job in jobs if job[0] == split]
+            write_npz(target, {k: np.concatenate([e[k] for e in episodes_of_split]) for k in episodes_of_split[0]})
+        origin = dict(origin="collected", dataset=dataset_name, episodes=episodes, collect_seed=seed, sha256=file_hash(path),
+                      recipe="OGBench scripted oracle", ogbench=version_of("ogbench"), mujoco=version_of("mujoco"))  # fmt: skip
+        write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=1).encode())
+        shutil.rmtree(partial)
+    return path
+
+
+def write_episode(dataset_name: str, seed: int, split: str, index: int, path: Path):
+    """Collect one episode into its file (in a worker process)."""
+    write_npz(path, collect_episode(dataset_name, seed, split, index))
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+class Batch(NamedTuple):
+    """B action chunks with their n-step returns, on the training device (float32)."""
+
+    observation: torch.Tensor  # [B, O], s: where the chunk starts
+    action: torch.Tensor  # [B, c*d], a: its c actions, flattened
+    reward: torch.Tensor  # [B], R: their discounted sum of rewards
+    mask: torch.Tensor  # [B], m: 0 where the task was done within the chunk, so that nothing follows
+    next_observation: torch.Tensor  # [B, O], s': where the chunk ends
+    valid: torch.Tensor  # [B], 0 where an episode ended before the chunk's last action
+
+
+class ChunkDataset:
+    """Transitions on one device, sampled as action chunks.
+
+    Holds the rows of OGBench's files as they are, each episode's final state included, so that the next observation is
+    the next row and is not stored twice. A *transition* is a row that is not an episode's last.
+
+    Args:
+        observations: [M, O], actions: [M, d], rewards: [M], masks: [M] (0 where the task is done), float32.
+        terminals: [M] bool, True at each episode's last row (the file's last row ends an episode in any case).
+        chunk_length: c, at least 1 and at most the number of transitions.
+        gamma: discount per step, in (0, 1].
+        sparse: replace every reward that is not 0 by -1.
+        device: where the data lives and is sampled.
+    """
+
+    def __init__(self, observations, actions, rewards, masks, terminals, chunk_length: int, gamma: float,
+                 sparse: bool = False, device: torch.device | str = "cpu"):  # fmt: skip
+        last_rows = np.flatnonzero(np.concatenate([terminals[:-1].astype(bool), [True]]))  # [episodes], rows of the file
+        on_device = lambda array, dtype=torch.float32: torch.as_tensor(array, dtype=dtype, device=device)
+        self.observations = on_device(observations)
+        self.actions = on_device(actions).clamp_(-1 + 1e-5, 1 - 1e-5)
+        self.rewards = on_device(np.where(np.asarray(rewards) != 0, -1.0, 0.0) if sparse else rewards)
+        self.masks = on_device(masks)
+        # Transitions are numbered without the final states; episode e's end at transition ends[e] - 1.
+        self.ends = on_device(last_rows - np.arange(len(last_rows)), torch.int64)  # [episodes]
+        self.size = len(observations) - len(last_rows)
+        self.chunk_length = chunk_length
+        self.gamma = gamma
+        self.steps = torch.arange(chunk_length, device=device)  # [c]
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """`batch_size` chunks whose first transition is uniform over 0 ... size - c."""
+        start = torch.randint(self.size - self.chunk_length + 1, (batch_size,), generator=generator, device=generator.device)
+        return self.chunks(start)
+
+    def chunks(self, start: torch.Tensor) -> Batch:
+        """The chunks of c transitions that begin at transitions start [B] (int64)."""
+        transition = start[:, None] + self.steps  # [B, c]
+        episode = torch.searchsorted(self.ends, transition, right=True)  # [B, c]
+        row = transition + episode  # [B, c]: each earlier episode holds one final state more
+        inside = (episode == episode[:, :1]).float()  # [B, c]: the step is still in the episode the chunk began in
+        discount = self.gamma**self.steps  # [c]
+        reward = (discount * self.rewards[row] * inside).sum(-1)
+        mask = torch.where(inside.bool(), self.masks[row], 1.0).amin(-1)
+        steps_inside = inside.long().sum(-1)  # [B]
+        return Batch(
+            observation=self.observations[row[:, 0]],
+            action=self.actions[row].flatten(1),
+            reward=reward,
+            mask=mask,
+            next_observation=self.observations[row[:, 0] + steps_inside],
+            valid=inside[:, -1],
+        )
+
+
+def where_to_put(dataset_name: str, dataset_dir: str) -> str:
+    """How to come by a dataset that OGBench's oracles cannot make, in words."""
+    folder = Path(dataset_dir).expanduser()
+    return f"put {dataset_name}.npz (from OGBench's host or a mirror) into {folder}, or name the file with --dataset-path"
+
+
+def official_file(dataset_name: str, dataset_dir: str) -> Path:
+    """The official training file, downloaded by ogbench where it is not in `dataset_dir` yet.
+
+    Raises UserError, which says how to go on without it, when it cannot be downloaded.
+    """
+    path = Path(dataset_dir).expanduser() / f"{dataset_name}.npz"
+    if path.exists():
+        return path
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        ogbench.download_datasets([dataset_name], str(path.parent))
+    except Exception as error:
+        size = official_size(dataset_name)[0]
+        way_out = (
+            f"collect it with OGBench's own oracle: --collect-episodes {size} (100 are enough for a try)"
+            if can_collect(dataset_name)
+            else f"no oracle for it exists, so {where_to_put(dataset_name, dataset_dir)}"
+        )
+        raise UserError(f"the official {dataset_name}.npz could not be downloaded ({error}); {way_out}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def read_npz(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an OGBench .npz file. Raises UserError where it is none, or lacks a key."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in keys if key not in file.files]
+            if missing:
+                raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
+            return {key: file[key] for key in [*keys, *optional] if key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again") from error
+
+
+def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
+    """Rows of one file, with OGBench's rewards and masks of the environment's task; checked against its sizes."""
+    states = [key for key in ("qpos", "button_states") if key == "qpos" or hasattr(env.unwrapped, "_cur_button_states")]
+    data = read_npz(path, ["observations", "actions", "terminals", *states])
+    rows = len(data["observations"]) if data["observations"].ndim else 0
+    shapes = {"observations": env.observation_space.shape, "actions": env.action_space.shape, "terminals": ()}
+    for key, array in data.items():
+        expected = shapes.get(key, array.shape[1:])
+        if array.ndim == 0 or array.shape[1:] != expected or len(array) != rows:
+            raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *expected)}")
+        if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+            raise UserError(f"{path}: {key} holds values that are not finite numbers; collect or fetch the file again")
+    relabel_dataset(env.spec.id, env, data)
+    return data
+
+
+def load_dataset(
+    env_id: str,
+    *,
+    chunk_length: int,
+    gamma: float,
+    sparse: bool = False,
+    device: torch.device | str = "cpu",
+    dataset_path: str = "",
+    dataset_dir: str = "~/.ogbench/data",
+    collect_episodes: int = 0,
+    collect_seed: int = 0,
+) -> tuple[ChunkDataset, dict[str, Any]]:
+    """The training data of a single task -> (data on `device`, what it is and where it comes from).
+
+    `dataset_path` (a file, or a folder of shards) if given; else `collect_episodes` collected episodes if > 0; else
+    the official file. Rewards and masks are OGBench's own for the task. Raises UserError for a file that is missing,
+    damaged, of other dimensions, not finite or shorter than one chunk.
+    """
+    env_name, dataset_name = split_env_id(env_id)
+    if dataset_path:
+        given = Path(dataset_path).expanduser()
+        files = sorted(p for p in given.glob("*.npz") if not p.stem.endswith("-val")) if given.is_dir() else [given]
+        if not given.exists() or not files:
+            raise UserError(f"--dataset-path: {given} {'holds no .npz file' if given.exists() else 'does not exist'}")
+        info = {"origin": "path"}
+    elif collect_episodes:
+        files = [collect_dataset(dataset_name, collect_episodes, collect_seed, dataset_dir)]
+    else:
+        files, info = [official_file(dataset_name, dataset_dir)], {"origin": "official"}
+
+    hashes = [file_hash(path) for path in files]
+    sidecar = files[0].with_suffix(".json")
+    if len(files) == 1 and sidecar.exists():  # written by collect_dataset
+        made = json.loads(sidecar.read_text())
+        if made.get("sha256") == hashes[0]:
+            info = {key: made[key] for key in ("origin", "dataset", "episodes", "collect_seed", "recipe", "ogbench", "mujoco")}
+    env = make_env(env_id)
+    parts = [read_dataset_file(path, env) for path in files]
+    env.close()
+    data = {key: np.concatenate([part[key] for part in parts]) for key in ("observations", "actions", "rewards", "masks")}
+    terminals = np.concatenate([np.append(part["terminals"][:-1], True) for part in parts])  # a file's end is an episode's
+    dataset = ChunkDataset(**data, terminals=terminals, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device)
+    if dataset.size < chunk_length:
+        raise UserError(f"{files[0]}: {dataset.size} transitions are fewer than one chunk of {chunk_length}")
+    info |= dict(dataset=dataset_name, files=[str(path) for path in files], transitions=dataset.size,
+                 episodes=len(dataset.ends), success_fraction=float((data["masks"] == 0).mean()),
+                 sha256=hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())  # fmt: skip
+    return dataset, info
+
+
+def describe_dataset(info: dict[str, Any]) -> str:
+    """A dataset's origin in one line, for a plot or the terminal."""
+    origin = {"official": "official OGBench file", "path": f"file {info['files'][0]}"}.get(
+        info["origin"], f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not the official file"
+    )
+    return f"{info['dataset']}: {origin}, {info['transitions']:,} transitions, sha256 {info['sha256'][:12]}"
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+class ChunkedEpisode(gymnasium.Wrapper):
+    """Executes an action chunk [c*d] open loop in one `step`, up to the episode's end; after it, steps do nothing."""
+
+    def __init__(self, env: gymnasium.Env, chunk_length: int):
+        super().__init__(env)
+        self.chunk_length = chunk_length
+        self.action_space = gymnasium.spaces.Box(-1, 1, (chunk_length * env.action_space.shape[0],), np.float32)
+        self.result = None
+
+    def reset(self, **kwargs):
+        observation, _ = self.env.reset(**kwargs)
+        self.result = (observation, 0.0, False, False, {"success": 0.0, "steps": 0})
+        return observation, {}
+
+    def step(self, chunk: np.ndarray):
+        observation, _, terminated, truncated, info = self.result
+        total, steps = 0.0, 0
+        for action in chunk.reshape(self.chunk_length, -1):
+            if terminated or truncated:
+                break
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total, steps = total + float(reward), steps + 1
+        self.result = (observation, total, terminated, truncated, {"success": float(info["success"]), "steps": steps})
+        return self.result
+
+
+def make_chunked_env(env_id: str, chunk_length: int) -> gymnasium.Env:
+    return ChunkedEpisode(make_env(env_id), chunk_length)
+
+
+class Evaluator:
+    """Plays whole episodes of one task in parallel processes, which it keeps from one evaluation to the next.
+
+    Args:
+        env_id: single-task id.
+        chunk_length: actions per policy call, c.
+        episodes: episodes of one evaluation, N. Episode i is the same one each time: its start, and the noise of its
+            policy, come from (seed, i). All N are played to their end, so short ones do not count more.
+        seed: of the episodes.
+    """
+
+    def __init__(self, env_id: str, chunk_length: int, episodes: int, seed: int):
+        self.env_id, self.chunk_length, self.episodes = env_id, chunk_length, episodes
+        self.seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(episodes)]
+        process_context()
+        makers = [functools.partial(make_chunked_env, env_id, chunk_length)] * min(episodes, 2 * os.cpu_count())
+        self.envs = gymnasium.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode="Disabled")
+        self.filmed = {}  # episode -> its chunks, for the first episodes of the last evaluation
+
+    def evaluate(self, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], samples: int = 1) -> dict[str, float]:
+        """Mean and standard error of success (at each episode's last step), return and length over the N episodes.
+
+        policy: (observation [n, O], noise [n, samples, c*d], standard normal, both float32 on the CPU)
+            -> action chunks [n, c*d], for n environments at once.
+        """
+        slots = np.full(self.envs.num_envs, -1)  # the episode each environment plays, -1: none
+        waiting = list(range(self.episodes))[::-1]
+        noise = [np.random.default_rng([seed, 1]) for seed in self.seeds]
+        results = {key: np.zeros(self.episodes) for key in ("success", "return", "length")}
+        self.filmed = {episode: [] for episode in range(min(3, self.episodes))}
+        action_dim = self.envs.single_action_space.shape[0]
+        while True:
+            start = np.zeros(len(slots), dtype=bool)
+            for slot in np.flatnonzero(slots < 0)[: len(waiting)]:
+                slots[slot], start[slot] = waiting.pop(), True
+            if start.any():
+                seeds = [self.seeds[episode] for episode in slots]
+                observation, _ = self.envs.reset(seed=seeds, options={"reset_mask": start})
+            playing = np.flatnonzero(slots >= 0)
+            if not len(playing):
+                break
+            draws = [noise[e].standard_normal((samples, action_dim), dtype=np.float32) for e in slots[playing]]
+            observation = torch.from_numpy(observation[playing].astype(np.float32))
+            chunks = np.zeros((len(slots), action_dim), dtype=np.float32)
+            chunks[playing] = policy(observation, torch.from_numpy(np.stack(draws))).numpy(force=True)
+            observation, reward, terminated, truncated, info = self.envs.step(chunks)
+            for slot in playing:
+                episode = slots[slot]
+                results["return"][episode] += reward[slot]
+                results["length"][episode] += info["steps"][slot]
+                results["success"][episode] = info["success"][slot]
+                if episode in self.filmed:
+                    self.filmed[episode].append(chunks[slot])
+                if terminated[slot] or truncated[slot]:
+                    slots[slot] = -1
+        means = {key: float(values.mean()) for key, values in results.items()}
+        spread = {key: values.std(ddof=1) if self.episodes > 1 else float("nan") for key, values in results.items()}
+        errors = {f"{key}_stderr": float(spread[key] / np.sqrt(self.episodes)) for key in results}
+        return {**means, **errors, "episodes": self.episodes}
+
+    def film(self, folder: Path):
+        """Write the first episodes of the last evaluation as mp4 files; where that fails, say so in one line.
+
+        Films in a process of its own, which plays the recorded chunks again: a renderer that is missing, or that
+        crashes, does no harm to the run.
+        """
+        before = os.environ.get("MUJOCO_GL")
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        episodes = [(self.seeds[episode], np.stack(chunks)) for episode, chunks in self.filmed.items()]
+        process = context.Process(target=film_episodes, args=(self.env_id, self.chunk_length, episodes, folder, sender))
+        process.start()
+        sender.close()
+        try:
+            message = receiver.recv()
+        except EOFError:
+            message = "the renderer crashed"
+        process.join()
+        if before is None:
+            os.environ.pop("MUJOCO_GL", None)
+        print(f"video: {folder}" if message is None else f"no video: {message} (MuJoCo needs EGL, e.g. libegl1, or a screen)")
+
+    def close(self):
+        self.envs.close()
+
+
+def film_episodes(env_id: str, chunk_length: int, episodes: list[tuple[int, np.ndarray]], folder: Path, sender):
+    """Play recorded episodes, (seed, chunks [n, c*d]) each, and write them as mp4; sends None, or what went wrong."""
+    try:
+        import imageio.v3
+
+        env = make_env(env_id, render_mode="rgb_array", width=320, height=320)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (seed, chunks) in enumerate(episodes):
+            env.reset(seed=seed)
+            frames, done = [env.render()], False
+            for action in chunks.reshape(len(chunks) * chunk_length, -1):
+                if not done:
+                    _, _, terminated, truncated, _ = env.step(action)
+                    done = terminated or truncated
+                    frames.append(env.render())
+            imageio.v3.imwrite(folder / f"episode_{number}.mp4", np.stack(frames), fps=20, macro_block_size=16)
+        sender.send(None)
+    except Exception as error:
+        sender.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+# -------------------------------------------------------------------------------------------------------- run files
+
+
+def process_context() -> multiprocessing.context.BaseContext:
+    """How worker processes start: forked from a small server that has imported this module, but never touched the GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["common"])
+    # The server finds this folder, and keeps quiet about the missing screen, through its environment alone.
+    environment = {"PYTHONPATH": str(Path(__file__).parent), "PYTHONWARNINGS": "ignore"}
+    before = {key: os.environ.get(key) for key in environment}
+    os.environ.update(environment)
+    multiprocessing.forkserver.ensure_running()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+    return context
+
+
+def version_of(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes | Callable[[Any], None]):
+    """Write a file so that at any moment `path` holds the whole old content or the whole new one.
+
+    content: the bytes, or a function that writes them to an open binary file. Raises UserError where the disk is
+    full or not writable; the old content is then still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is unchanged") from error
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]):
+    """Write arrays in OGBench's file format, atomically."""
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def load_checkpoint(path: str | Path, kinds: Iterable[str], flag: str) -> dict[str, Any]:
+    """Read a checkpoint as plain data and tensors, on the CPU. Raises UserError, naming `flag`, where it cannot be read
+    or was written by another program than `kinds` name."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{flag}: {path} does not exist") from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({reason[:120]})") from error
+    kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if kind not in kinds:
+        raise UserError(f"{flag}: {path} is a {kind or 'foreign'} checkpoint, but {' or '.join(kinds)} is needed")
+    return checkpoint
+
+
+def check_sizes(path: str | Path, found: dict[str, Any], needed: dict[str, Any], flag: str):
+    """Raise UserError, naming both, where a checkpoint's sizes are not those of this run."""
+    for key, value in needed.items():
+        if found.get(key) != value:
+            raise UserError(f"{flag}: {path} has {key} {found.get(key)}, but this run has {key} {value}")
+
+
+def environment_sizes(env_id: str) -> tuple[int, int]:
+    """(O, d): numbers in an observation and in one action. Raises UserError for an unknown id."""
+    env = make_env(env_id)
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    env.close()
+    return sizes
+
+
+def choose_device(device: str, num_threads: int) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device. Raises UserError where CUDA is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA GPU here; use --device cpu or install a CUDA build of torch")
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def flag_of(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def check_ranges(args: Any, positive: Iterable[str], not_negative: Iterable[str], fraction: Iterable[str]):
+    """Raise UserError for a setting out of its range (> 0; >= 0; in (0, 1]), or not finite."""
+    for names, words, fine in (
+        (positive, "greater than 0", lambda x: x > 0),
+        (not_negative, "0 or greater", lambda x: x >= 0),
+        (fraction, "greater than 0 and at most 1", lambda x: 0 < x <= 1),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(fine(x) and np.isfinite(x) for x in values):
+                raise UserError(f"{flag_of(name)} must be {words}, not {value}")
+
+
+def quiet_cli(args_class: type, default: Any) -> Any:
+    """tyro's command line, with its boxed error messages as one line. Raises UserError for a malformed one."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            return tyro.cli(args_class, default=default)
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+    lines = [line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│")]
+    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] + [len(lines)]
+    hint = next((f"; did you mean {lines[i + 1].split()[0]}?" for i, x in enumerate(lines) if "erhaps you meant" in x), "")
+    raise UserError(" ".join(lines[: rules[0]]) + hint + f" (see {Path(sys.argv[0]).name} --help)")
+
+
+RESUME_MAY_CHANGE = {"run_dir", "resume", "device", "num_threads", "dataset_dir", "offline_steps", "capture_video", "track"}
+
+
+def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], script: str) -> Any:
+    """Command line -> `args_class`. A flag that is given wins over `settings(args)`, and those over the defaults.
+
+    settings: given the arguments so far, the values to use where no flag says otherwise (by preset and domain).
+    With --resume or --eval-only the settings are those stored with the run. Raises UserError.
+    """
+    args = quiet_cli(args_class, args_class())
+    if args.resume and not args.run_dir:
+        raise UserError("--resume needs --run-dir, the folder of the run to continue")
+    if bool(args.checkpoint) != args.eval_only:
+        raise UserError("--eval-only and --checkpoint go together: the one evaluates the other's policy")
+    if args.resume:
+        config = Path(args.run_dir) / "config.json"
+        if not config.exists():
+            raise UserError(f"--resume: {args.run_dir} holds no run (no config.json); leave out --resume to start one there")
+        stored = json.loads(config.read_text())
+        if stored["script"] != script:
+            raise UserError(f"--resume: the run in {args.run_dir} is one of {stored['script']}.py, not of {script}.py")
+        base = args_class(**restore_tuples(stored["args"]))
+        args = quiet_cli(args_class, base)
+        for key, value in dataclasses.asdict(base).items():
+            if key not in RESUME_MAY_CHANGE and getattr(args, key) != value:
+                raise UserError(f"--resume: the run in {args.run_dir} has {flag_of(key)} {value}, which {getattr(args, key)} "
+                                "cannot replace; start a new run for that")  # fmt: skip
+        return args
+    if args.eval_only:
+        stored = load_checkpoint(args.checkpoint, [script], "--checkpoint")["args"]
+        return quiet_cli(args_class, args_class(**restore_tuples(stored)))
+    for _ in range(2):  # the preset decides the environment, the environment its domain's settings
+        args = quiet_cli(args_class, args_class(**settings(args)))
+    split_env_id(args.env_id)
+    return args
+
+
+def restore_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def run_script(main: Callable[[Any], None], args_class: type, settings: Callable[[Any], dict[str, Any]], script: str):
+    """Parse the command line and run `main`; a UserError ends the program with its one line and exit status 1."""
+    try:
+        main(parse_args(args_class, settings, script))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+EVAL_COLUMNS = ("stage", "step", "success", "success_stderr", "return", "length", "episodes")
+
+
+class Run:
+    """The folder and files of one training run, as a context manager.
+
+    Args:
+        script: name of the program, without `.py`.
+        args: its settings; of them env_id, seed, run_dir, resume, chunk_length, eval_episodes, capture_video, track,
+            best_of_n are read here.
+        columns: names of the statistics in train.csv, which are also their TensorBoard keys.
+
+    Raises UserError where the folder already holds files and args.resume is not set.
+
+    Attributes:
+        path: the folder. checkpoint: what `save` wrote last, when resuming, else None.
+    """
+
+    def __init__(self, script: str, args: Any, columns: Iterable[str]):
+        self.script, self.args, self.columns = script, args, ("stage", "step", *columns, "charts/SPS")
+        name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(args.run_dir or Path("runs") / name).expanduser()
+        if self.path.exists() and not args.resume:
+            if not self.path.is_dir() or any(self.path.iterdir()):
+                raise UserError(f"--run-dir: {self.path} is not empty; name another folder, or continue its run with --resume")
+        if args.track and importlib.util.find_spec("wandb") is None:
+            raise UserError("--track needs Weights & Biases: pip install wandb")
+        newest = self.path / "checkpoint.pt"
+        self.checkpoint = load_checkpoint(newest, [script], "--resume") if args.resume and newest.exists() else None
+        self.evaluator = self.writer = self.bar = None
+        self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0  # of earlier sittings
+        self.rows = {"train.csv": [], "eval.csv": []}
+
+    def __enter__(self) -> "Run":
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.created = not (self.path / "config.json").exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--run-dir: {self.path} cannot be made ({error.strerror})") from error
+        self.config = dict(
+            script=self.script,
+            args=dataclasses.asdict(self.args),
+            dataset=None,
+            command=" ".join(sys.argv),
+            git_commit=git_commit(),
+            versions={p: version_of(p) for p in ("torch", "numpy", "ogbench", "gymnasium", "mujoco")} | {"python": platform.python_version()},
+            hardware=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), platform=platform.platform(),
+                          gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None),
+        )  # fmt: skip
+        if self.created or self.checkpoint is None:
+            self.record()
+        kept = self.checkpoint["rows"] if self.checkpoint else {name: 0 for name in self.rows}
+        for name, columns in (("train.csv", self.columns), ("eval.csv", EVAL_COLUMNS)):
+            old = read_csv(self.path / name)[: kept[name]]  # rows written after the checkpoint will be written again
+            self.rows[name] = old
+            write_atomically(self.path / name, csv_text(columns, old).encode())
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="trqam", name=self.path.name, config=self.config["args"], sync_tensorboard=True)
+        purge = self.checkpoint["step"] + 1 if self.checkpoint else None
+        self.writer = SummaryWriter(str(self.path), purge_step=purge)
+        if self.created:
+            table = "\n".join(f"|{key}|{value}|" for key, value in self.config["args"].items())
+            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
+        self.started = self.last_log = time.perf_counter()
+        self.steps_since_log = 0
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.bar:
+            self.bar.close()
+        if self.evaluator:
+            self.evaluator.close()
+        self.writer.close()
+        if kind is not None and issubclass(kind, UserError) and self.created and not self.rows["train.csv"]:
+            shutil.rmtree(self.path)  # nothing was trained: leave no half-made run behind
+        elif kind is KeyboardInterrupt:
+            print(f"\ninterrupted; continue with --run-dir {self.path} --resume", file=sys.stderr)
+
+    def record(self, **facts):
+        """Add facts to config.json."""
+        self.config |= facts
+        write_atomically(self.path / "config.json", json.dumps(self.config, indent=1).encode())
+
+    def begin(self, step: int, total: int):
+        """Show progress from update `step` to `total`."""
+        self.step = step
+        self.bar = tqdm(total=total, initial=step, unit="update", desc="training", **PROGRESS)
+        self.started_training = self.last_log = time.perf_counter()
+
+    def tick(self):
+        """Count one update."""
+        self.step += 1
+        self.steps_since_log += 1
+        self.bar.update()
+
+    def log(self, stage: str, step: int, statistics: dict[str, Any]):
+        """Write a row of train.csv, and to TensorBoard. Waits for the device."""
+        row = {"stage": stage, "step": step, **{key: float(value) for key, value in statistics.items()}}
+        row["charts/SPS"] = self.steps_since_log / (time.perf_counter() - self.last_log)
+        self.append("train.csv", self.columns, row)
+        for key in self.columns[2:]:
+            if key in row:
+                self.writer.add_scalar(key, row[key], self.step)
+        self.last_log, self.steps_since_log = time.perf_counter(), 0
+
+    def evaluate(self, stage: str, step: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Evaluate a policy (see `Evaluator`), write a row of eval.csv and redraw the learning curve."""
+        paused = time.perf_counter()
+        if self.evaluator is None:
+            self.evaluator = Evaluator(self.args.env_id, self.args.chunk_length, self.args.eval_episodes, self.args.seed)
+        scores = self.evaluator.evaluate(policy, self.args.best_of_n)
+        self.append("eval.csv", EVAL_COLUMNS, {"stage": stage, "step": step, **scores})
+        for key, value in scores.items():
+            self.writer.add_scalar(f"charts/{key}" if key.startswith("success") else f"charts/episodic_{key}", value, self.step)
+        self.bar.set_postfix(success=f"{scores['success']:.2f}")
+        self.draw()
+        self.last_log += time.perf_counter() - paused  # updates per second leave evaluations out
+        return scores
+
+    def append(self, name: str, columns: Iterable[str], row: dict[str, Any]):
+        text = csv_text(columns, [row]).splitlines(keepends=True)[1]
+        try:
+            with open(self.path / name, "a", newline="") as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"{self.path / name} could not be written ({error.strerror}); resume from the last checkpoint") from error
+        self.rows[name].append({key: str(row.get(key, "")) for key in columns})
+
+    def save(self, **state):
+        """Write checkpoint.pt: `state`, which `self.checkpoint` gives back after a restart, and what the logs need."""
+        buffer = io.BytesIO()
+        rows = {name: len(rows) for name, rows in self.rows.items()}
+        torch.save(
+            dict(kind=self.script, args=json.loads(json.dumps(dataclasses.asdict(self.args))), step=self.step, rows=rows,
+                 seconds=self.elapsed(), dataset=self.config["dataset"], **state), buffer)  # fmt: skip
+        write_atomically(self.path / "checkpoint.pt", buffer.getvalue())
+
+    def save_bc(self, sizes: dict[str, Any], actor_slow: dict[str, torch.Tensor]):
+        """Write bc_checkpoint.pt: the behaviour-cloned policy, for all tasks of the domain and all scripts."""
+        buffer = io.BytesIO()
+        torch.save(dict(kind="bc", sizes=sizes, steps=self.step, dataset=self.config["dataset"], actor_slow=actor_slow), buffer)
+        write_atomically(self.path / "bc_checkpoint.pt", buffer.getvalue())
+
+    def elapsed(self) -> float:
+        """Seconds this run has taken, all sittings together."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def draw(self):
+        """learning_curve.png: success, path KL against its budget, lambda, over fine-tuning updates."""
+        from matplotlib.figure import Figure
+
+        evals, train = self.rows["eval.csv"], [row for row in self.rows["train.csv"] if row["stage"] != "bc"]
+        figure = Figure(figsize=(13, 3.6), layout="constrained")
+        success, kl, lam = figure.subplots(1, 3)
+        prior = [row for row in evals if row["stage"] == "bc"]
+        tuned = prior[-1:] + [row for row in evals if row["stage"] != "bc"]
+        x = [0 if row["stage"] == "bc" else int(row["step"]) for row in tuned]
+        y, e = (np.array([float(row[key]) for row in tuned]) for key in ("success", "success_stderr"))
+        success.plot(x, y, marker="o", ms=3, label=self.script.split("_")[0].upper())
+        success.fill_between(x, y - e, y + e, alpha=0.25, lw=0)
+        if prior:
+            success.axhline(float(prior[-1]["success"]), color="0.4", ls="--", label="behaviour cloning")
+        success.set(title=f"success, {self.args.eval_episodes} episodes (band: standard error)", ylim=(-0.03, 1.03))
+        series = lambda key: [float(row[key]) for row in train]
+        steps = [int(row["step"]) for row in train]
+        kl.plot(steps, series("trust_region/path_kl"), color="C0", alpha=0.3, lw=0.8)
+        kl.plot(steps, series("trust_region/path_kl_ema"), color="C0", label="realised (average)")
+        kl.plot(steps, series("trust_region/closed_form_kl"), color="C2", lw=0.8, label="closed form at lambda")
+        kl.plot(steps, series("trust_region/kl_budget"), color="C3", ls="--", label="budget")
+        kl.set(title="path-space KL to the prior, nats per action", yscale="log")
+        lam.plot(steps, series("trust_region/lambda"), color="C1")
+        lam.set(title="lambda", yscale="log")
+        for axis in (success, kl):
+            axis.legend(fontsize=8)
+        for axis in (success, kl, lam):
+            axis.set_xlabel("fine-tuning updates")
+            axis.grid(alpha=0.3)
+        figure.suptitle(f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.config['dataset'])}", fontsize=9)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        write_atomically(self.path / "learning_curve.png", buffer.getvalue())
+
+    def finish(self):
+        """Film the last evaluation, if asked for, and print what the run came to."""
+        self.bar.close()
+        if self.args.capture_video:
+            self.evaluator.film(self.path / "videos")
+        print(f"\n{self.args.env_id}, seed {self.args.seed}; {describe_dataset(self.config['dataset'])}")
+        print(f"{'':24}{'success':>16}{'return':>10}{'length':>9}")
+        last = [[row for row in self.rows["eval.csv"] if row["stage"] == stage][-1:] for stage in ("bc", "offline")]
+        for row in sum(last, []):
+            label = "behaviour cloning" if row["stage"] == "bc" else f"{row['stage']} {int(row['step']):,}"
+            score = f"{float(row['success']):.2f} ± {float(row['success_stderr']):.2f}"
+            print(f"{label:24}{score:>16}{float(row['return']):>10.1f}{float(row['length']):>9.1f}")
+        if self.rows["train.csv"] and self.rows["train.csv"][-1]["trust_region/path_kl_ema"]:
+            kl, budget, lam = (float(self.rows["train.csv"][-1][f"trust_region/{k}"]) for k in ("path_kl_ema", "kl_budget", "lambda"))
+            print(f"path KL {kl:.3f} (average) against a budget of {budget:.3f}; lambda {lam:.3f}")
+        print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
+
+
+def evaluate_checkpoint(args: Any, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+    """Evaluate a finished policy and print the result; with args.capture_video, film it beside its checkpoint."""
+    evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed)
+    scores = evaluator.evaluate(policy, args.best_of_n)
+    words = ", ".join(f"{key} {scores[key]:.3f} ± {scores[key + '_stderr']:.3f}" for key in ("success", "return", "length"))
+    print(f"{args.env_id}, {scores['episodes']} episodes: {words}")
+    if args.capture_video:
+        evaluator.film(Path(args.checkpoint).parent / "videos")
+    evaluator.close()
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.exists() else []
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with "+changes" where the tree differs from it; None outside a git checkout."""
+    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+    try:
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        return commit and commit + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "") or None
+    except OSError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,191 @@
+"""The update against numbers recorded from the authors' program: losses, gradients, adjoints, weights and lambda.
+
+Reads every .npz of the folder that the environment variable PARITY_DIR names (default: parity/ beside this file), and
+takes sizes, settings and number of steps from each file's `meta`. The format is described in docs/algorithm.md.
+"""
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import trqam_offline
+from conftest import parity_maxima
+
+FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
+FILES = sorted(FOLDER.glob("*.npz"))
+SCRIPTS = {"trqam": trqam_offline}  # algo -> the script that implements it
+NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast")
+TOLERANCE = 1e-5  # relative, norm-wise: float32 rounding, accumulated over the steps
+SPECIFIED = dict(residual=False, clip_adj=True, use_target_grad=True, target_actor=True, value_layer_norm=True, bc_only=False)
+
+
+def test_there_is_something_to_compare_with():
+    assert FILES, f"no .npz in {FOLDER}"
+
+
+def parameters(script, network):
+    """(parameter, its name in the recording, recorded array -> parameter's layout) in the order of the layers."""
+    dense = norm = 0
+    for layer in network.net:
+        if isinstance(layer, script.EnsembleLinear):
+            yield layer.weight, f"dense_{dense}/kernel", lambda a: a  # [E, in, out] in both
+            yield layer.bias, f"dense_{dense}/bias", lambda a: a[:, None]
+            dense += 1
+        elif isinstance(layer, torch.nn.Linear):
+            yield layer.weight, f"dense_{dense}/kernel", lambda a: a.T
+            yield layer.bias, f"dense_{dense}/bias", lambda a: a
+            dense += 1
+        elif isinstance(layer, script.EnsembleLayerNorm):
+            yield layer.scale, f"layernorm_{norm}/scale", lambda a: a[:, None]
+            yield layer.bias, f"layernorm_{norm}/bias", lambda a: a[:, None]
+            norm += 1
+        elif isinstance(layer, torch.nn.LayerNorm):
+            yield layer.weight, f"layernorm_{norm}/scale", lambda a: a
+            yield layer.bias, f"layernorm_{norm}/bias", lambda a: a
+            norm += 1
+
+
+class Recording:
+    """One file: its settings, its arrays as tensors, and the differences found so far."""
+
+    def __init__(self, path):
+        self.arrays = dict(np.load(path))
+        self.meta = json.loads(str(self.arrays.pop("meta")))
+        self.config = self.meta["config"]
+        self.differences = {}
+
+    def __getitem__(self, key):
+        return torch.from_numpy(np.asarray(self.arrays[key]))
+
+    def __contains__(self, key):
+        return key in self.arrays
+
+    def compare(self, name, ours, recorded, scale=None):
+        ours, recorded = torch.as_tensor(ours).detach().double(), torch.as_tensor(recorded).double()
+        assert ours.shape == recorded.shape, f"{name}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}"
+        norm = float(recorded.norm() if scale is None else scale)
+        difference = float((ours - recorded).norm()) / norm if norm else float((ours - recorded).norm())
+        self.differences[name] = max(difference, self.differences.get(name, 0.0))
+
+    def args(self, script):
+        meta, config = self.meta, self.config
+        names = dict(discount="gamma", lr="learning_rate")
+        fields = script.Args.__dataclass_fields__
+        settings = {names.get(key, key): value for key, value in config.items() if names.get(key, key) in fields}
+        settings |= dict(hidden_dims=tuple(meta["hidden"]), num_critics=meta["num_critics"], chunk_length=meta["chunk"])
+        settings |= dict(flow_steps=meta["flow_steps"], actor_layer_norm=meta["actor_layer_norm"], batch_size=meta["batch"])
+        return script.Args(**settings, max_grad_norm=1.0 if config.get("clip_grad", True) else math.inf)
+
+    def batch(self, step):
+        get = lambda key: self[f"step{step}/batch/{key}"]
+        return common.Batch(
+            observation=get("observations"),
+            action=get("actions").flatten(1),
+            reward=get("rewards")[:, -1],
+            mask=get("masks")[:, -1],
+            next_observation=get("next_observations")[:, -1],
+            valid=get("valid")[:, -1],
+        )
+
+    def noise(self, script, step):
+        get = lambda key: self[f"step{step}/noise/{key}"]
+        return script.Noise(
+            next_action=get("next_action_noise"),
+            flow_x0=get("flow_x0"),
+            flow_t=get("flow_t"),
+            sde_x0=get("sde_x0"),
+            sde=get("sde_noise"),
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_update_makes_the_recorded_numbers(path):
+    recording = Recording(path)
+    algo = recording.meta["algo"]
+    if algo not in SCRIPTS:
+        pytest.skip(f"no script implements {algo!r} yet")
+    other = {key: recording.config[key] for key, value in SPECIFIED.items() if recording.config.get(key, value) != value}
+    if other:
+        pytest.skip(f"recorded with {other}, which is not the published algorithm")
+    script, args = SCRIPTS[algo], recording.args(SCRIPTS[algo])
+
+    agent = script.Agent(recording.meta["obs_dim"], recording.meta["chunk"] * recording.meta["action_dim"], args)
+    with torch.no_grad():
+        for network in NETWORKS:
+            for parameter, name, layout in parameters(script, getattr(agent, network)):
+                recorded = layout(recording[f"init/{network}/{name}"])
+                assert parameter.shape == recorded.shape
+                parameter.copy_(recorded)
+    optimizer = agent.make_optimizer(args)
+
+    for step in range(recording.meta["steps"]):
+        batch, noise = recording.batch(step), recording.noise(script, step)
+        if f"step{step}/out/xs" in recording:
+            compare_intermediate(recording, script, agent, batch, noise, args, step)
+        compare_gradients(recording, script, agent, optimizer, batch, noise, args, step)
+        statistics = script.update(agent, optimizer, batch, noise, args)
+        compare_statistics(recording, statistics, step)
+
+    for network in NETWORKS:
+        for parameter, name, layout in parameters(script, getattr(agent, network)):
+            recording.compare(f"final/{network}/{name}", parameter, layout(recording[f"final/{network}/{name}"]))
+
+    worst = max(recording.differences, key=recording.differences.get)
+    parity_maxima[path.name] = worst, recording.differences[worst]
+    too_far = {name: difference for name, difference in recording.differences.items() if not difference <= TOLERANCE}
+    assert not too_far
+
+
+@torch.no_grad()
+def compare_intermediate(recording, script, agent, batch, noise, args, step):
+    s = batch.observation
+    xs, x_final = script.memoryless_rollout(agent.actor_fast, agent.target_actor_slow, s, noise.sde_x0, noise.sde)
+    adjoint = script.terminal_adjoint(agent.target_critic, s, x_final)
+    adjoints = script.lean_adjoint(agent.target_actor_slow, s, xs, adjoint)
+    recording.compare("xs", xs, recording[f"step{step}/out/xs"])
+    recording.compare("adjoints", adjoints, recording[f"step{step}/out/adjoints"])
+    recording.compare("ts", script.flow_times(xs).expand(-1, len(s), 1), recording[f"step{step}/out/ts"])
+    recording.compare("q", agent.critic(s, batch.action), recording[f"step{step}/out/q"])
+    actions = script.ode_sample(agent.actor_fast, s, noise.sde_x0, args.flow_steps)
+    recording.compare("flow_actions_fast", actions, recording[f"step{step}/out/flow_actions_fast"])
+
+
+def compare_gradients(recording, script, agent, optimizer, batch, noise, args, step):
+    """Before clipping: an update of a copy, with no bound on the norm, leaves them in `.grad`."""
+    twin = copy.deepcopy(agent)
+    unclipped = copy.copy(args)
+    unclipped.max_grad_norm = math.inf
+    script.update(twin, twin.make_optimizer(args), batch, noise, unclipped)
+    for network in ("critic", "actor_slow", "actor_fast"):
+        for parameter, name, layout in parameters(script, getattr(twin, network)):
+            recording.compare(f"grad/{network}/{name}", parameter.grad, layout(recording[f"step{step}/grad/{network}/{name}"]))
+
+
+def compare_statistics(recording, statistics, step):
+    recorded = lambda key: recording[f"step{step}/out/{key}"]
+    names = {
+        "critic/critic_loss": "losses/critic_loss",
+        "actor/flow_loss": "losses/bc_loss",
+        "actor/adj_loss": "losses/adjoint_matching_loss",
+        "actor/adj_mean": "losses/adjoint_abs_mean",
+        "actor/adj_std": "losses/adjoint_abs_std",
+        "actor/adj_max": "losses/adjoint_abs_max",
+        "actor/path_kl": "trust_region/path_kl",
+        "lambda_raw": "trust_region/lambda",
+        "kl_ema": "trust_region/path_kl_ema",
+    }
+    for theirs, ours in names.items():
+        recording.compare(theirs, statistics[ours], recorded(theirs))
+    total = sum(statistics[f"losses/{name}"] for name in ("critic_loss", "bc_loss", "adjoint_matching_loss"))
+    recording.compare("total_loss", total, recorded("total_loss"))
+    # A mean of Q values of either sign can be near 0, so these three are measured against the largest |Q|.
+    largest = max(abs(float(recorded("critic/q_min"))), abs(float(recorded("critic/q_max"))))
+    for name in ("q_mean", "q_min", "q_max"):
+        recording.compare(name, statistics[f"losses/{name}"], recorded(f"critic/{name}"), scale=largest)

@@ -1,0 +1,607 @@
+"""TRQAM, Trust Region Q Adjoint Matching, offline: the whole algorithm, in this one file.
+
+A flow policy is a velocity field v(s, x, t) that carries noise x at t = 0 to an action at t = 1. It is pretrained by
+behaviour cloning; that policy is the prior. TRQAM fine-tunes a copy of it towards actions of higher Q without leaving
+what the prior knows:
+
+1. roll the copy out as a memoryless SDE, from noise to an action                                memoryless_rollout
+2. carry the critic's action gradient back along that path, through the *prior's* drift alone    lean_adjoint
+3. regress the velocity onto what this adjoint asks for: no gradient runs through the sampler    adjoint_matching_loss
+4. measure how far the paths have moved from the prior's, as a path-space KL                     path_kl
+5. move the temperature lambda so that this KL stays at its budget                               dual_descent
+
+    python trqam_offline.py quick                                       # a small task on a laptop, within 15 minutes
+    python trqam_offline.py --env-id scene-play-singletask-task1-v0     # published sizes: for a GPU
+    python trqam_offline.py --eval-only --checkpoint runs/NAME/checkpoint.pt
+
+Papers: TRQAM, Dong et al., 2026, arXiv 2605.27079; QAM, Li and Levine, 2026, arXiv 2601.14234; Adjoint Matching,
+Domingo-Enrich et al., 2024, arXiv 2409.08861. The numbers (E1) to (E12) are those of docs/algorithm.md.
+
+Shapes: B batch, O observation, d one action, c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps.
+Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run files, and nothing of the algorithm.
+"""
+
+import copy
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+import common
+
+
+@dataclass
+class Args:
+    preset: tyro.conf.Positional[Literal["full", "quick"]] = "full"
+    """`full`: the published settings of the environment's domain; `quick`: a small task and network for a laptop"""
+    env_id: str = "scene-play-singletask-task1-v0"
+    """OGBench single-task environment, with the dataset's type in its name"""
+    seed: int = 0
+    """seed of the networks, batches, noise and evaluation episodes"""
+    run_dir: str = ""
+    """folder of the run's files; default runs/{env_id}__trqam_offline__{seed}__{time}"""
+    resume: bool = False
+    """continue the run in --run-dir from its checkpoint, with the settings stored there"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; `auto` takes the GPU when there is one"""
+    num_threads: int = 0
+    """CPU threads of torch; 0: as many as torch chooses"""
+    dataset_path: str = ""
+    """an OGBench .npz file, or a folder of them, to train on instead of the official file"""
+    dataset_dir: str = "~/.ogbench/data"
+    """where official files are kept or downloaded to, and collected ones written"""
+    collect_episodes: int = 0
+    """> 0: train on this many episodes collected here with OGBench's own scripted oracle; 0: on the official file"""
+    collect_seed: int = 0
+    """seed of the collected dataset"""
+    bc_checkpoint: str = ""
+    """a bc_checkpoint.pt of the same domain; skips the behaviour-cloning stage"""
+    eval_only: bool = False
+    """evaluate --checkpoint (and film it, with --capture-video) instead of training"""
+    checkpoint: str = ""
+    """the checkpoint.pt that --eval-only reads"""
+    eval_interval: int = 50_000
+    """offline updates between evaluations"""
+    eval_episodes: int = 50
+    """episodes of one evaluation"""
+    log_interval: int = 1_000
+    """updates between rows of train.csv"""
+    checkpoint_interval: int = 10_000
+    """updates between checkpoints; one is also written at each evaluation"""
+    capture_video: bool = False
+    """film the first episodes of the last evaluation (mp4; needs EGL)"""
+    track: bool = False
+    """log to Weights & Biases as well (needs `pip install wandb`)"""
+
+    # Algorithm specific arguments
+    bc_steps: int = 300_000
+    """updates of the behaviour-cloning stage"""
+    offline_steps: int = 1_000_000
+    """updates of the fine-tuning stage"""
+    batch_size: int = 256
+    """chunks in a batch, B"""
+    learning_rate: float = 3e-4
+    """learning rate of Adam, for all networks"""
+    max_grad_norm: float = 1.0
+    """global norm to which the gradient of all networks together is clipped"""
+    gamma: float = 0.995
+    """discount per environment step"""
+    tau: float = 0.005
+    """rate at which target networks follow the online ones"""
+    chunk_length: int = 5
+    """actions predicted and executed at once, c"""
+    sparse_reward: bool = False
+    """train on reward -1 wherever the environment's is not 0"""
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """widths of the hidden layers of every network"""
+    actor_layer_norm: bool = False
+    """LayerNorm in the velocity fields too (critics always have it)"""
+    num_critics: int = 10
+    """members of the critic ensemble, E"""
+    rho: float = 0.5
+    """pessimism: the target is the ensemble's mean minus rho times its standard deviation"""
+    flow_steps: int = 10
+    """Euler steps from noise to an action, K"""
+    best_of_n: int = 1
+    """action chunks drawn when acting; the one of highest mean Q is executed"""
+    kl_budget: float = 1.0
+    """path-space KL to the prior allowed per action of a chunk, epsilon_KL, in nats"""
+    lam_scale: float = 3.0
+    """the control problem's temperature is lam_scale * lambda"""
+    eta_lambda: float = 0.01
+    """step size of the dual descent on lambda"""
+    kl_ema_coef: float = 0.1
+    """weight of the newest KL in its running average"""
+    kl_clip_coef: float = 2.0
+    """a single KL counts for at most this many budgets in the average"""
+    lambda_min: float = 0.01
+    """lower end of lambda's range"""
+    lambda_max: float = 100.0
+    """upper end of lambda's range"""
+
+
+WIDE = dict(hidden_dims=(1024,) * 4, actor_layer_norm=True)
+DOMAINS = {  # what differs from the defaults above; every flag given on the command line wins over it
+    "scene-play": dict(sparse_reward=True),
+    "puzzle-3x3-play": dict(sparse_reward=True),
+    "puzzle-4x4-play": dict(sparse_reward=True, **WIDE),
+    "cube-double-play": dict(),
+    "cube-triple-play": dict(kl_budget=0.5, **WIDE),
+    "cube-quadruple-play": dict(**WIDE),
+    "antmaze-large-navigate": dict(chunk_length=1),
+    "antmaze-giant-navigate": dict(chunk_length=1, **WIDE),
+    "humanoidmaze-medium-navigate": dict(chunk_length=1, gamma=0.999, rho=0.0, kl_budget=0.5),
+    "humanoidmaze-large-navigate": dict(chunk_length=1, gamma=0.999, rho=0.0),
+}
+QUICK = dict(
+    env_id="cube-single-play-singletask-task2-v0",
+    collect_episodes=100,
+    bc_steps=8_000,
+    offline_steps=12_000,
+    eval_interval=2_000,
+    log_interval=100,
+    checkpoint_interval=1_000,
+    learning_rate=1e-3,
+    gamma=0.98,
+    tau=0.02,
+    hidden_dims=(128,) * 4,
+    num_critics=2,
+    kl_budget=0.5,
+)
+POSITIVE = ("batch_size", "chunk_length", "num_critics", "flow_steps", "best_of_n", "eval_interval", "eval_episodes",
+            "log_interval", "checkpoint_interval", "learning_rate", "max_grad_norm", "kl_budget", "lam_scale", "lambda_min",
+            "kl_clip_coef", "hidden_dims")  # fmt: skip
+NOT_NEGATIVE = ("seed", "num_threads", "collect_episodes", "collect_seed", "bc_steps", "offline_steps", "rho", "eta_lambda")
+FRACTION = ("gamma", "tau", "kl_ema_coef")
+
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+class VelocityField(nn.Module):
+    """v(s, x, t), the flow policy: an MLP on [s, x, t], tanh-GELU (then LayerNorm, if asked for), output not squashed."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], layer_norm: bool):
+        super().__init__()
+        layers, width = [], observation_dim + action_dim + 1
+        for hidden_dim in hidden_dims:
+            layers += [nn.Linear(width, hidden_dim), nn.GELU(approximate="tanh")]
+            layers += [nn.LayerNorm(hidden_dim, eps=1e-6)] if layer_norm else []
+            width = hidden_dim
+        self.net = nn.Sequential(*layers, nn.Linear(width, action_dim))
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, observation: torch.Tensor, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        """observation [..., O], x [..., A], t in [0, 1] (a number or [..., 1]) -> velocity [..., A]."""
+        t = torch.zeros_like(x[..., :1]) + t  # [..., 1]
+        return self.net(torch.cat([observation, x, t], dim=-1))
+
+
+class EnsembleLinear(nn.Module):
+    """E linear layers as one batched product: x [E, B, in] -> [E, B, out]."""
+
+    def __init__(self, members: int, width_in: int, width_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(members, width_in, width_out))
+        self.bias = nn.Parameter(torch.zeros(members, 1, width_out))
+        for member in self.weight:
+            nn.init.xavier_uniform_(member)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """LayerNorm with an affine part of its own for each of E members: x [E, B, width] -> [E, B, width]."""
+
+    def __init__(self, members: int, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(members, 1, width))
+        self.bias = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scale + self.bias
+
+
+class Critic(nn.Module):
+    """Q^e(s, a) for e = 1 ... E: independent MLPs on [s, a], tanh-GELU then LayerNorm."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], num_critics: int):
+        super().__init__()
+        layers, width = [], observation_dim + action_dim
+        for hidden_dim in hidden_dims:
+            layers += [EnsembleLinear(num_critics, width, hidden_dim), nn.GELU(approximate="tanh")]
+            layers += [EnsembleLayerNorm(num_critics, hidden_dim)]
+            width = hidden_dim
+        self.num_critics = num_critics
+        self.net = nn.Sequential(*layers, EnsembleLinear(num_critics, width, 1))
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """observation [B, O], action chunk [B, A] -> Q [E, B]."""
+        x = torch.cat([observation, action], dim=-1)  # [B, O + A]
+        return self.net(x.expand(self.num_critics, -1, -1)).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """The networks and the two numbers of the dual descent, all of which a checkpoint holds."""
+
+    def __init__(self, observation_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.critic = Critic(observation_dim, action_dim, args.hidden_dims, args.num_critics)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor_slow = VelocityField(observation_dim, action_dim, args.hidden_dims, args.actor_layer_norm)
+        self.target_actor_slow = copy.deepcopy(self.actor_slow).requires_grad_(False)  # v_base, the prior
+        self.actor_fast = copy.deepcopy(self.actor_slow)  # the fine-tuned policy: what acts
+        self.register_buffer("lam", torch.tensor(1.0))  # lambda
+        self.register_buffer("kl_ema", torch.tensor(0.0))  # D
+
+    def start_from_prior(self):
+        """The fine-tuned policy and the base policy both begin as the behaviour-cloned one."""
+        self.target_actor_slow.load_state_dict(self.actor_slow.state_dict())
+        self.actor_fast.load_state_dict(self.actor_slow.state_dict())
+
+    def make_optimizer(self, args: Args) -> torch.optim.Optimizer:
+        trained = [*self.critic.parameters(), *self.actor_slow.parameters(), *self.actor_fast.parameters()]
+        return torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------- the mathematics
+
+
+class Noise(NamedTuple):
+    """All randomness of one update."""
+
+    next_action: torch.Tensor  # [B, A] normal, x_0 of the next action in the critic's target
+    flow_x0: torch.Tensor  # [B, A] normal, x_0 of the behaviour-cloning pairs
+    flow_t: torch.Tensor  # [B, 1] uniform on [0, 1), their times
+    sde_x0: torch.Tensor  # [B, A] normal, x_0 of the memoryless rollout
+    sde: torch.Tensor  # [K, B, A] normal, its increments
+
+
+def draw_noise(batch_size: int, action_dim: int, flow_steps: int, generator: torch.Generator) -> Noise:
+    """The noise of one update, from `generator`, on its device."""
+    normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
+    return Noise(
+        next_action=normal(batch_size, action_dim),
+        flow_x0=normal(batch_size, action_dim),
+        flow_t=torch.rand(batch_size, 1, generator=generator, device=generator.device),
+        sde_x0=normal(batch_size, action_dim),
+        sde=normal(flow_steps, batch_size, action_dim),
+    )
+
+
+def ode_sample(velocity: VelocityField, observation: torch.Tensor, x: torch.Tensor, flow_steps: int) -> torch.Tensor:
+    """(E1) The policy's action: K Euler steps from noise x [B, A] at observation [B, O] -> [B, A] in [-1, 1]."""
+    h = 1 / flow_steps
+    for k in range(flow_steps):
+        x = x + h * velocity(observation, x, k * h)
+    return x.clamp(-1, 1)
+
+
+def critic_target(agent: Agent, batch: common.Batch, next_action_noise: torch.Tensor, args: Args) -> torch.Tensor:
+    """(E2) y = R + gamma^c m Q'(s', a'), with Q' = mean_e Q^e - rho std_e Q^e of the target critic -> [B]."""
+    next_action = ode_sample(agent.actor_fast, batch.next_observation, next_action_noise, args.flow_steps)  # [B, A]
+    next_q = agent.target_critic(batch.next_observation, next_action)  # [E, B]
+    next_q = next_q.mean(0) - args.rho * next_q.std(0, correction=0)  # [B]
+    return batch.reward + args.gamma**args.chunk_length * batch.mask * next_q
+
+
+def critic_loss(q: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(E3) L_Q = mean_{e,b} valid (Q^e(s, a) - y)^2, from q [E, B], target [B], valid [B]."""
+    return (valid * (q - target) ** 2).mean()
+
+
+def bc_loss(velocity: VelocityField, batch: common.Batch, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """(E4) Flow matching: L_BC = mean_b valid mean_A (v(s, (1-t) x0 + t a, t) - (a - x0))^2."""
+    x_t = (1 - t) * x0 + t * batch.action  # [B, A]
+    error = velocity(batch.observation, x_t, t) - (batch.action - x0)  # [B, A]
+    return (batch.valid * (error**2).mean(-1)).mean()
+
+
+def memoryless_g2(t: float | torch.Tensor, h: float) -> float | torch.Tensor:
+    """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which the path's end forgets its beginning."""
+    return 2 * (1 - t + h) / (t + h)
+
+
+def memoryless_rollout(
+    velocity: VelocityField, base: VelocityField, observation: torch.Tensor, x: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E6) Paths of the memoryless SDE from x [B, A], with noise [K, B, A] -> x_0 ... x_{K-1} [K, B, A] and x_K [B, A].
+
+    The last step is a noiseless one of the base.
+    """
+    h = 1 / len(noise)
+    xs = [x]
+    for k in range(len(noise) - 1):
+        t = k * h
+        drift = 2 * velocity(observation, x, t) - x / (t + h)
+        x = x + h * drift + math.sqrt(h * memoryless_g2(t, h)) * noise[k]
+        xs.append(x)
+    return torch.stack(xs), x + h * base(observation, x, 1 - h)
+
+
+def terminal_adjoint(critic: Critic, observation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(E7) a_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A]."""
+    return -torch.func.grad(lambda x: critic(observation, x.clamp(-1, 1)).mean(0).sum())(x)
+
+
+def lean_adjoint(base: VelocityField, observation: torch.Tensor, xs: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """(E8) a_k = a_{k+1} + h (db_k/dx)^T a_{k+1}, b_k(x) = 2 v_base(s, x, t_k + h) - x / (t_k + h), backwards from
+    a = a_K [B, A] along xs [K, B, A] -> a_0 ... a_{K-1} [K, B, A]. Only the base's Jacobian enters: hence "lean"."""
+    h = 1 / len(xs)
+    adjoints = []
+    for k in reversed(range(len(xs))):
+        t_next = (k + 1) * h
+        _, vjp = torch.func.vjp(lambda x: base(observation, x, t_next), xs[k])
+        a = a + h * (2 * vjp(a)[0] - a / t_next)
+        adjoints.append(a)
+    return torch.stack(adjoints[::-1])
+
+
+def flow_times(paths: torch.Tensor) -> torch.Tensor:
+    """t_k = k h for paths [K, B, A] -> [K, 1, 1]."""
+    return torch.arange(len(paths), dtype=paths.dtype, device=paths.device)[:, None, None] / len(paths)
+
+
+def velocity_difference(
+    velocity: VelocityField, base: VelocityField, observation: torch.Tensor, xs: torch.Tensor
+) -> torch.Tensor:
+    """(E9) Delta_k = v_fast(s, x_k, t_k) - v_base(s, x_k, t_k) on paths xs [K, B, A]; gradient through v_fast alone."""
+    observation = observation.expand(len(xs), -1, -1)  # [K, B, O]
+    with torch.no_grad():
+        base_velocity = base(observation, xs, flow_times(xs))
+    return velocity(observation, xs, flow_times(xs)) - base_velocity
+
+
+def adjoint_matching_loss(delta: torch.Tensor, adjoints: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k a_k||^2, sigma_k = g_k / sqrt(temperature), from
+    delta and adjoints [K, B, A]. Its minimum is Delta_k = -g_k^2 a_k / (2 temperature)."""
+    sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
+    return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
+
+
+def path_kl(delta: torch.Tensor, chunk_length: int) -> torch.Tensor:
+    """(E11) Theorem 1, discretised: KL = (1/c) mean_b sum_k (2h / g_k^2) ||Delta_k||^2, in nats per action."""
+    h = 1 / len(delta)
+    return (2 * h / memoryless_g2(flow_times(delta), h) * delta**2).sum(dim=(0, 2)).mean() / chunk_length
+
+
+def closed_form_kl(adjoints: torch.Tensor, temperature: torch.Tensor, chunk_length: int) -> torch.Tensor:
+    """(E11) at the minimum of (E10): KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||a_k||^2 / (2 temperature^2)."""
+    h = 1 / len(adjoints)
+    cost = (h * memoryless_g2(flow_times(adjoints), h) * adjoints**2).sum(dim=(0, 2)).mean()
+    return cost / (2 * temperature**2) / chunk_length
+
+
+def dual_descent(agent: Agent, kl: torch.Tensor, args: Args):
+    """(E12) D <- (1 - k) D + k min(KL, clip epsilon); lambda <- clip(lambda + eta (D - epsilon)), on the device."""
+    agent.kl_ema.lerp_(kl.clamp(max=args.kl_clip_coef * args.kl_budget), args.kl_ema_coef)
+    agent.lam.add_(args.eta_lambda * (agent.kl_ema - args.kl_budget)).clamp_(args.lambda_min, args.lambda_max)
+
+
+def update_targets(agent: Agent, tau: float):
+    """target <- (1 - tau) target + tau online."""
+    for target, online in ((agent.target_critic, agent.critic), (agent.target_actor_slow, agent.actor_slow)):
+        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+# ------------------------------------------------------------------------------------------------------ one update
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return optimizer.param_groups[0]["params"]
+
+
+def bc_update(
+    agent: Agent, optimizer: torch.optim.Optimizer, batch: common.Batch, noise: Noise, args: Args
+) -> dict[str, torch.Tensor]:
+    """One update of the behaviour-cloning stage: (E4) alone, on actor_slow."""
+    loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
+    optimizer.zero_grad()
+    loss_bc.backward()
+    grad_norm = nn.utils.clip_grad_norm_(trained_parameters(optimizer), args.max_grad_norm)
+    optimizer.step()
+    return {"losses/bc_loss": loss_bc.detach(), "losses/grad_norm": grad_norm}
+
+
+def update(
+    agent: Agent, optimizer: torch.optim.Optimizer, batch: common.Batch, noise: Noise, args: Args
+) -> dict[str, torch.Tensor]:
+    """One TRQAM update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
+
+    Returns its statistics, scalars on the device: those of `STATISTICS`.
+    """
+    s = batch.observation  # [B, O]
+    temperature = args.lam_scale * agent.lam
+    with torch.no_grad():
+        target = critic_target(agent, batch, noise.next_action, args)  # [B]
+        xs, x_final = memoryless_rollout(agent.actor_fast, agent.target_actor_slow, s, noise.sde_x0, noise.sde)
+        adjoint = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]
+        adjoints = lean_adjoint(agent.target_actor_slow, s, xs, adjoint)  # [K, B, A]
+
+    q = agent.critic(s, batch.action)  # [E, B]
+    delta = velocity_difference(agent.actor_fast, agent.target_actor_slow, s, xs)  # [K, B, A]
+    loss_q = critic_loss(q, target, batch.valid)
+    loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
+    loss_am = adjoint_matching_loss(delta, adjoints, temperature)
+    kl = path_kl(delta.detach(), args.chunk_length)
+    kl_optimum = closed_form_kl(adjoints, temperature, args.chunk_length)
+
+    optimizer.zero_grad()
+    (loss_q + loss_bc + loss_am).backward()
+    grad_norm = nn.utils.clip_grad_norm_(trained_parameters(optimizer), args.max_grad_norm)  # of all networks together
+    with torch.no_grad():
+        update_targets(agent, args.tau)  # before the step: the targets follow the weights that made this loss
+        optimizer.step()
+        dual_descent(agent, kl, args)
+
+    return {
+        "losses/critic_loss": loss_q.detach(),
+        "losses/bc_loss": loss_bc.detach(),
+        "losses/adjoint_matching_loss": loss_am.detach(),
+        "losses/q_mean": q.detach().mean(),
+        "losses/q_min": q.detach().min(),
+        "losses/q_max": q.detach().max(),
+        "losses/q_std": q.detach().std(0, correction=0).mean(),
+        "losses/target_q_mean": target.mean(),
+        "losses/adjoint_abs_mean": adjoint.abs().mean(),
+        "losses/adjoint_abs_std": adjoint.abs().std(correction=0),
+        "losses/adjoint_abs_max": adjoint.abs().max(),
+        "losses/grad_norm": grad_norm,
+        "trust_region/path_kl": kl,
+        "trust_region/path_kl_ema": agent.kl_ema.clone(),
+        "trust_region/closed_form_kl": kl_optimum,
+        "trust_region/lambda": agent.lam.clone(),
+    }
+
+
+STATISTICS = (
+    *("losses/critic_loss", "losses/bc_loss", "losses/adjoint_matching_loss", "losses/grad_norm"),
+    *("losses/q_mean", "losses/q_min", "losses/q_max", "losses/q_std", "losses/target_q_mean"),
+    *("losses/adjoint_abs_mean", "losses/adjoint_abs_std", "losses/adjoint_abs_max"),
+    *("trust_region/path_kl", "trust_region/path_kl_ema", "trust_region/closed_form_kl"),
+    *("trust_region/lambda", "trust_region/kl_budget"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- acting
+
+
+@torch.no_grad()
+def act(agent: Agent, observation: torch.Tensor, noise: torch.Tensor, args: Args) -> torch.Tensor:
+    """Action chunks [n, A] at observation [n, O], from noise [n, N, A]: of N samples the one of highest mean Q."""
+    n, samples, action_dim = noise.shape
+    observation = observation.repeat_interleave(samples, dim=0)  # [n*N, O]
+    action = ode_sample(agent.actor_fast, observation, noise.flatten(0, 1), args.flow_steps)  # [n*N, A]
+    if samples == 1:
+        return action
+    best = agent.critic(observation, action).mean(0).view(n, samples).argmax(1)  # [n]
+    return action.view(n, samples, action_dim)[torch.arange(n, device=best.device), best]
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+SCRIPT = "trqam_offline"
+
+
+def settings(args: Args) -> dict:
+    """What the preset and the environment's domain set, where no flag does."""
+    domain = DOMAINS.get(common.domain_of(args.env_id), {})
+    return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}
+
+
+def check(args: Args):
+    """Raise UserError for settings that make no sense, before anything else is done."""
+    common.check_ranges(args, POSITIVE, NOT_NEGATIVE, FRACTION)
+    if args.lambda_min > args.lambda_max:
+        raise common.UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}")
+
+
+def sizes(args: Args, observation_dim: int, action_dim: int) -> dict:
+    """What a checkpoint of the velocity field must agree with."""
+    return dict(domain=common.domain_of(args.env_id), observation_dim=observation_dim, action_dim=action_dim,
+                chunk_length=args.chunk_length, hidden_dims=list(args.hidden_dims), actor_layer_norm=args.actor_layer_norm)  # fmt: skip
+
+
+def announce_duration(agent: Agent, dataset: common.ChunkDataset, args: Args, stages: dict[str, int]):
+    """Time updates of a copy of the agent and print how long the run will take."""
+    twin = copy.deepcopy(agent)
+    optimizer = twin.make_optimizer(args)
+    generator = torch.Generator(agent.lam.device)
+    for stage, steps in stages.items():
+        for _ in range(4):  # the last one counts
+            start = time.perf_counter()
+            batch = dataset.sample(args.batch_size, generator)
+            noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
+            statistics = (bc_update if stage == "bc" else update)(twin, optimizer, batch, noise, args)
+            statistics["losses/bc_loss"].item()
+            seconds = time.perf_counter() - start
+        print(f"{stage}: {steps:,} updates at {1 / seconds:.1f}/s, about {steps * seconds / 60:.1f} minutes without evaluations")
+
+
+def main(args: Args):
+    check(args)
+    device = common.choose_device(args.device, args.num_threads)
+    observation_dim, action_dim = common.environment_sizes(args.env_id)
+    torch.manual_seed(args.seed)
+    agent = Agent(observation_dim, args.chunk_length * action_dim, args).to(device)
+    optimizer = agent.make_optimizer(args)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    policy = lambda observation, noise: act(agent, observation.to(device), noise.to(device), args)
+
+    if args.eval_only:
+        checkpoint = common.load_checkpoint(args.checkpoint, [SCRIPT], "--checkpoint")
+        common.check_sizes(args.checkpoint, checkpoint["sizes"], sizes(args, observation_dim, action_dim), "--checkpoint")
+        agent.load_state_dict(checkpoint["agent"])
+        common.evaluate_checkpoint(args, policy)
+        return
+
+    bc_steps = args.bc_steps
+    if args.bc_checkpoint:
+        checkpoint = common.load_checkpoint(args.bc_checkpoint, ["bc"], "--bc-checkpoint")
+        common.check_sizes(args.bc_checkpoint, checkpoint["sizes"], sizes(args, observation_dim, action_dim), "--bc-checkpoint")
+        agent.actor_slow.load_state_dict(checkpoint["actor_slow"])
+        agent.start_from_prior()
+        bc_steps = 0
+
+    with common.Run(SCRIPT, args, STATISTICS) as run:
+        dataset, origin = common.load_dataset(
+            args.env_id, chunk_length=args.chunk_length, gamma=args.gamma, sparse=args.sparse_reward, device=device,
+            dataset_path=args.dataset_path, dataset_dir=args.dataset_dir,
+            collect_episodes=args.collect_episodes, collect_seed=args.collect_seed,
+        )  # fmt: skip
+        run.record(dataset=origin)
+        if args.batch_size > dataset.size:
+            raise common.UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
+        known = common.domain_of(args.env_id) in DOMAINS
+        print(f"settings: {'domain' if known else 'general defaults: no published settings for'} {common.domain_of(args.env_id)}")
+        print(args)
+        announce_duration(agent, dataset, args, {"bc": bc_steps, "offline": args.offline_steps})
+
+        step, total = 0, bc_steps + args.offline_steps
+        if run.checkpoint:
+            agent.load_state_dict(run.checkpoint["agent"])
+            optimizer.load_state_dict(run.checkpoint["optimizer"])
+            generator.set_state(run.checkpoint["generator"])
+            step = run.checkpoint["step"]
+        run.begin(step, total)
+        if step == bc_steps == 0:
+            run.evaluate("bc", 0, policy)
+
+        while step < total:
+            batch = dataset.sample(args.batch_size, generator)
+            noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
+            stage_update = bc_update if step < bc_steps else update
+            statistics = stage_update(agent, optimizer, batch, noise, args)
+            step += 1
+            run.tick()
+
+            stage, stage_step = ("bc", step) if step <= bc_steps else ("offline", step - bc_steps)
+            stage_ends = step in (bc_steps, total)
+            if stage_ends or stage_step % args.log_interval == 0:
+                run.log(stage, stage_step, {**statistics, "trust_region/kl_budget": args.kl_budget})
+            if step == bc_steps:  # the behaviour-cloned policy becomes the prior; fine-tuning starts afresh
+                agent.start_from_prior()
+                optimizer = agent.make_optimizer(args)
+                generator.manual_seed(args.seed)
+                run.save_bc(sizes(args, observation_dim, action_dim), agent.actor_slow.state_dict())
+            evaluation_due = stage_ends or (stage == "offline" and stage_step % args.eval_interval == 0)
+            if evaluation_due:
+                run.evaluate(stage, stage_step, policy)
+            if evaluation_due or stage_step % args.checkpoint_interval == 0:
+                run.save(sizes=sizes(args, observation_dim, action_dim), agent=agent.state_dict(),
+                         optimizer=optimizer.state_dict(), generator=generator.get_state())  # fmt: skip
+        run.finish()
+
+
+if __name__ == "__main__":
+    common.run_script(main, Args, settings, SCRIPT)
