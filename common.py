@@ -118,12 +118,25 @@ def make_env(env_id: str, **kwargs) -> gymnasium.Env:
 
 STEPS_PER_EPISODE = {"pointmaze-giant": 2001}  # all others: 1,001, the last of which only holds the final state
 EPISODES_OFFICIAL = {"cube-triple": 3000, "cube-quadruple": 5000, "pointmaze-giant": 500}  # all others: 1,000
-STACKING = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5), "octuple": (0, 0.35)}
+STACKING = {
+    "single": (0, 0),
+    "double": (0, 0.25),
+    "triple": (0.05, 0.35),
+    "quadruple": (0.1, 0.5),
+    "octuple": (0, 0.35),
+}
 
 
 def can_collect(dataset_name: str) -> bool:
     """Whether OGBench ships the oracle that made this dataset: `play` manipulation and pointmaze `navigate` data."""
     return bool(re.match(r"((cube|scene|puzzle)-(.+-)?play|pointmaze-\w+-navigate)-v0$", dataset_name))
+
+
+def require_oracle(dataset_name: str, dataset_dir: str):
+    """Raise UserError where a dataset cannot be collected, with what to do instead."""
+    if not can_collect(dataset_name):
+        way_out = where_to_put(dataset_name, dataset_dir)
+        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; {way_out}")
 
 
 def official_size(dataset_name: str) -> tuple[int, int]:
@@ -152,7 +165,12 @@ def collect_play_episode(env: gymnasium.Env, dataset_name: str, seed: int) -> di
     if dataset_name.startswith("puzzle"):
         oracles = {"button": ButtonPlanOracle(env=env, gripper_always_closed=True, **noise)}
     else:
-        kinds = {"cube": CubePlanOracle, "button": ButtonPlanOracle, "drawer": DrawerPlanOracle, "window": WindowPlanOracle}
+        kinds = {
+            "cube": CubePlanOracle,
+            "button": ButtonPlanOracle,
+            "drawer": DrawerPlanOracle,
+            "window": WindowPlanOracle,
+        }
         oracles = {task: kind(env=env, **noise) for task, kind in kinds.items()}
 
     ob, info = env.reset(seed=seed)
@@ -257,9 +275,8 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     `NAME.partial` until all are there, so that a collection that was stopped goes on where it was. Returns the path
     of NAME.npz; at once if it is already there. Raises UserError where no oracle exists.
     """
+    require_oracle(dataset_name, dataset_dir)
     path = collected_path(dataset_name, episodes, seed, dataset_dir)
-    if not can_collect(dataset_name):
-        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; {where_to_put(dataset_name, dataset_dir)}")
     partial = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -274,9 +291,15 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
         workers = min(workers or os.cpu_count(), len(missing)) or 1
         with (
             concurrent.futures.ProcessPoolExecutor(workers, mp_context=process_context()) as pool,
-            tqdm(total=len(jobs) * steps, initial=(len(jobs) - len(missing)) * steps, unit="step", unit_scale=True,
-                 desc=f"collecting {dataset_name}", **PROGRESS) as bar,
-        ):  # fmt: skip
+            tqdm(
+                total=len(jobs) * steps,
+                initial=(len(jobs) - len(missing)) * steps,
+                unit="step",
+                unit_scale=True,
+                desc=f"collecting {dataset_name}",
+                **PROGRESS,
+            ) as bar,
+        ):
             tasks = [pool.submit(write_episode, dataset_name, seed, *job, files[job]) for job in missing]
             try:
                 for task in concurrent.futures.as_completed(tasks):
@@ -288,8 +311,16 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
         for split, target in (("val", path.with_name(f"{path.stem}-val.npz")), ("train", path)):
             episodes_of_split = [dict(np.load(files[job])) for job in jobs if job[0] == split]
             write_npz(target, {k: np.concatenate([e[k] for e in episodes_of_split]) for k in episodes_of_split[0]})
-        origin = dict(origin="collected", dataset=dataset_name, episodes=episodes, collect_seed=seed, sha256=file_hash(path),
-                      recipe="OGBench scripted oracle", ogbench=version_of("ogbench"), mujoco=version_of("mujoco"))  # fmt: skip
+        origin = dict(
+            origin="collected",
+            dataset=dataset_name,
+            episodes=episodes,
+            collect_seed=seed,
+            sha256=file_hash(path),
+            recipe="OGBench scripted oracle",
+            ogbench=version_of("ogbench"),
+            mujoco=version_of("mujoco"),
+        )
         write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=1).encode())
         shutil.rmtree(partial)
     return path
@@ -329,9 +360,21 @@ class ChunkDataset:
         device: where the data lives and is sampled.
     """
 
-    def __init__(self, observations, actions, rewards, masks, terminals, chunk_length: int, gamma: float,
-                 sparse: bool = False, device: torch.device | str = "cpu"):  # fmt: skip
-        last_rows = np.flatnonzero(np.concatenate([terminals[:-1].astype(bool), [True]]))  # [episodes], rows of the file
+    def __init__(
+        self,
+        observations,
+        actions,
+        rewards,
+        masks,
+        terminals,
+        chunk_length: int,
+        gamma: float,
+        sparse: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        last_rows = np.flatnonzero(
+            np.concatenate([terminals[:-1].astype(bool), [True]])
+        )  # [episodes], rows of the file
         on_device = lambda array, dtype=torch.float32: torch.as_tensor(array, dtype=dtype, device=device)
         self.observations = on_device(observations)
         self.actions = on_device(actions).clamp_(-1 + 1e-5, 1 - 1e-5)
@@ -346,7 +389,9 @@ class ChunkDataset:
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """`batch_size` chunks whose first transition is uniform over 0 ... size - c."""
-        start = torch.randint(self.size - self.chunk_length + 1, (batch_size,), generator=generator, device=generator.device)
+        start = torch.randint(
+            self.size - self.chunk_length + 1, (batch_size,), generator=generator, device=generator.device
+        )
         return self.chunks(start)
 
     def chunks(self, start: torch.Tensor) -> Batch:
@@ -372,7 +417,9 @@ class ChunkDataset:
 def where_to_put(dataset_name: str, dataset_dir: str) -> str:
     """How to come by a dataset that OGBench's oracles cannot make, in words."""
     folder = Path(dataset_dir).expanduser()
-    return f"put {dataset_name}.npz (from OGBench's host or a mirror) into {folder}, or name the file with --dataset-path"
+    return (
+        f"put {dataset_name}.npz (from OGBench's host or a mirror) into {folder}, or name the file with --dataset-path"
+    )
 
 
 def official_file(dataset_name: str, dataset_dir: str) -> Path:
@@ -409,7 +456,9 @@ def read_npz(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> d
                 raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
             return {key: file[key] for key in [*keys, *optional] if key in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again") from error
+        raise UserError(
+            f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again"
+        ) from error
 
 
 def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
@@ -463,18 +512,32 @@ def load_dataset(
     if len(files) == 1 and sidecar.exists():  # written by collect_dataset
         made = json.loads(sidecar.read_text())
         if made.get("sha256") == hashes[0]:
-            info = {key: made[key] for key in ("origin", "dataset", "episodes", "collect_seed", "recipe", "ogbench", "mujoco")}
+            info = {
+                key: made[key]
+                for key in ("origin", "dataset", "episodes", "collect_seed", "recipe", "ogbench", "mujoco")
+            }
     env = make_env(env_id)
     parts = [read_dataset_file(path, env) for path in files]
     env.close()
-    data = {key: np.concatenate([part[key] for part in parts]) for key in ("observations", "actions", "rewards", "masks")}
-    terminals = np.concatenate([np.append(part["terminals"][:-1], True) for part in parts])  # a file's end is an episode's
-    dataset = ChunkDataset(**data, terminals=terminals, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device)
+    data = {
+        key: np.concatenate([part[key] for part in parts]) for key in ("observations", "actions", "rewards", "masks")
+    }
+    terminals = np.concatenate(
+        [np.append(part["terminals"][:-1], True) for part in parts]
+    )  # a file's end is an episode's
+    dataset = ChunkDataset(
+        **data, terminals=terminals, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device
+    )
     if dataset.size < chunk_length:
         raise UserError(f"{files[0]}: {dataset.size} transitions are fewer than one chunk of {chunk_length}")
-    info |= dict(dataset=dataset_name, files=[str(path) for path in files], transitions=dataset.size,
-                 episodes=len(dataset.ends), success_fraction=float((data["masks"] == 0).mean()),
-                 sha256=hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())  # fmt: skip
+    info |= dict(
+        dataset=dataset_name,
+        files=[str(path) for path in files],
+        transitions=dataset.size,
+        episodes=len(dataset.ends),
+        success_fraction=float((data["masks"] == 0).mean()),
+        sha256=hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
+    )
     return dataset, info
 
 
@@ -538,7 +601,9 @@ class Evaluator:
         self.envs = gymnasium.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode="Disabled")
         self.filmed = {}  # episode -> its chunks, for the first episodes of the last evaluation
 
-    def evaluate(self, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], samples: int = 1) -> dict[str, float]:
+    def evaluate(
+        self, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], samples: int = 1
+    ) -> dict[str, float]:
         """Mean and standard error of success (at each episode's last step), return and length over the N episodes.
 
         policy: (observation [n, O], noise [n, samples, c*d], standard normal, both float32 on the CPU)
@@ -601,7 +666,11 @@ class Evaluator:
         process.join()
         if before is None:
             os.environ.pop("MUJOCO_GL", None)
-        print(f"video: {folder}" if message is None else f"no video: {message} (MuJoCo needs EGL, e.g. libegl1, or a screen)")
+        print(
+            f"video: {folder}"
+            if message is None
+            else f"no video: {message} (MuJoCo needs EGL, e.g. libegl1, or a screen)"
+        )
 
     def close(self):
         self.envs.close()
@@ -632,7 +701,7 @@ def film_episodes(env_id: str, chunk_length: int, episodes: list[tuple[int, np.n
 
 
 def process_context() -> multiprocessing.context.BaseContext:
-    """How worker processes start: forked from a small server that has imported this module, but never touched the GPU."""
+    """How worker processes start: forked from a small server that imported this module and never touched the GPU."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["common"])
     # The server finds this folder, and keeps quiet about the missing screen, through its environment alone.
@@ -670,7 +739,9 @@ def write_atomically(path: Path, content: bytes | Callable[[Any], None]):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is unchanged") from error
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); what was there before is unchanged"
+        ) from error
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]):
@@ -678,9 +749,12 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]):
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def load_checkpoint(path: str | Path, kinds: Iterable[str], flag: str) -> dict[str, Any]:
-    """Read a checkpoint as plain data and tensors, on the CPU. Raises UserError, naming `flag`, where it cannot be read
-    or was written by another program than `kinds` name."""
+def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint as plain data and tensors, on the CPU.
+
+    kind: the program that must have written it, or "bc". sizes: what its sizes, and domain, must be.
+    Raises UserError, naming `flag` and both sides, where it cannot be read or is another one.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -688,17 +762,13 @@ def load_checkpoint(path: str | Path, kinds: Iterable[str], flag: str) -> dict[s
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({reason[:120]})") from error
-    kind = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if kind not in kinds:
-        raise UserError(f"{flag}: {path} is a {kind or 'foreign'} checkpoint, but {' or '.join(kinds)} is needed")
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise UserError(f"{flag}: {path} is a {found or 'foreign'} checkpoint, but one of {kind} is needed here")
+    for key, value in (sizes or {}).items():
+        if checkpoint["sizes"].get(key) != value:
+            raise UserError(f"{flag}: {path} has {key} {checkpoint['sizes'].get(key)}, but this run has {key} {value}")
     return checkpoint
-
-
-def check_sizes(path: str | Path, found: dict[str, Any], needed: dict[str, Any], flag: str):
-    """Raise UserError, naming both, where a checkpoint's sizes are not those of this run."""
-    for key, value in needed.items():
-        if found.get(key) != value:
-            raise UserError(f"{flag}: {path} has {key} {found.get(key)}, but this run has {key} {value}")
 
 
 def environment_sizes(env_id: str) -> tuple[int, int]:
@@ -712,7 +782,9 @@ def environment_sizes(env_id: str) -> tuple[int, int]:
 def choose_device(device: str, num_threads: int) -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device. Raises UserError where CUDA is asked for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA GPU here; use --device cpu or install a CUDA build of torch")
+        raise UserError(
+            "--device cuda: torch finds no CUDA GPU here; use --device cpu or install a CUDA build of torch"
+        )
     if num_threads:
         torch.set_num_threads(num_threads)
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -722,18 +794,51 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def check_ranges(args: Any, positive: Iterable[str], not_negative: Iterable[str], fraction: Iterable[str]):
-    """Raise UserError for a setting out of its range (> 0; >= 0; in (0, 1]), or not finite."""
+POSITIVE = {
+    "batch_size",
+    "chunk_length",
+    "num_critics",
+    "flow_steps",
+    "best_of_n",
+    "eval_interval",
+    "eval_episodes",
+    "log_interval",
+    "checkpoint_interval",
+    "learning_rate",
+    "max_grad_norm",
+    "kl_budget",
+    "lam_scale",
+    "lambda_min",
+    "kl_clip_coef",
+    "hidden_dims",
+}
+NOT_NEGATIVE = {
+    "seed",
+    "num_threads",
+    "collect_episodes",
+    "collect_seed",
+    "bc_steps",
+    "offline_steps",
+    "rho",
+    "eta_lambda",
+}
+FRACTION = {"gamma", "tau", "kl_ema_coef"}
+
+
+def check_settings(args: Any):
+    """Raise UserError for a setting out of its range, before any work is done."""
     for names, words, fine in (
-        (positive, "greater than 0", lambda x: x > 0),
-        (not_negative, "0 or greater", lambda x: x >= 0),
-        (fraction, "greater than 0 and at most 1", lambda x: 0 < x <= 1),
+        (POSITIVE, "greater than 0", lambda x: x > 0),
+        (NOT_NEGATIVE, "0 or greater", lambda x: x >= 0),
+        (FRACTION, "greater than 0 and at most 1", lambda x: 0 < x <= 1),
     ):
-        for name in names:
-            value = getattr(args, name)
+        for field in dataclasses.fields(args):
+            value = getattr(args, field.name)
             values = value if isinstance(value, tuple) else (value,)
-            if not values or not all(fine(x) and np.isfinite(x) for x in values):
-                raise UserError(f"{flag_of(name)} must be {words}, not {value}")
+            if field.name in names and not (values and all(fine(x) and np.isfinite(x) for x in values)):
+                raise UserError(f"{flag_of(field.name)} must be {words}, not {value}")
+    if args.lambda_min > args.lambda_max:
+        raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
 
 
 def quiet_cli(args_class: type, default: Any) -> Any:
@@ -746,11 +851,23 @@ def quiet_cli(args_class: type, default: Any) -> Any:
                 raise
     lines = [line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│")]
     rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] + [len(lines)]
-    hint = next((f"; did you mean {lines[i + 1].split()[0]}?" for i, x in enumerate(lines) if "erhaps you meant" in x), "")
+    hint = next(
+        (f"; did you mean {lines[i + 1].split()[0]}?" for i, x in enumerate(lines) if "erhaps you meant" in x), ""
+    )
     raise UserError(" ".join(lines[: rules[0]]) + hint + f" (see {Path(sys.argv[0]).name} --help)")
 
 
-RESUME_MAY_CHANGE = {"run_dir", "resume", "device", "num_threads", "dataset_dir", "offline_steps", "capture_video", "track"}
+RESUME_MAY_CHANGE = {
+    "run_dir",
+    "dataset_path",
+    "resume",
+    "device",
+    "num_threads",
+    "dataset_dir",
+    "offline_steps",
+    "capture_video",
+    "track",
+}
 
 
 def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], script: str) -> Any:
@@ -767,7 +884,9 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
     if args.resume:
         config = Path(args.run_dir) / "config.json"
         if not config.exists():
-            raise UserError(f"--resume: {args.run_dir} holds no run (no config.json); leave out --resume to start one there")
+            raise UserError(
+                f"--resume: {args.run_dir} holds no run (no config.json); leave out --resume to start one there"
+            )
         stored = json.loads(config.read_text())
         if stored["script"] != script:
             raise UserError(f"--resume: the run in {args.run_dir} is one of {stored['script']}.py, not of {script}.py")
@@ -775,11 +894,13 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
         args = quiet_cli(args_class, base)
         for key, value in dataclasses.asdict(base).items():
             if key not in RESUME_MAY_CHANGE and getattr(args, key) != value:
-                raise UserError(f"--resume: the run in {args.run_dir} has {flag_of(key)} {value}, which {getattr(args, key)} "
-                                "cannot replace; start a new run for that")  # fmt: skip
+                raise UserError(
+                    f"--resume: the run in {args.run_dir} has {flag_of(key)} {value}, which {getattr(args, key)} "
+                    "cannot replace; start a new run for that"
+                )
         return args
     if args.eval_only:
-        stored = load_checkpoint(args.checkpoint, [script], "--checkpoint")["args"]
+        stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]
         return quiet_cli(args_class, args_class(**restore_tuples(stored)))
     for _ in range(2):  # the preset decides the environment, the environment its domain's settings
         args = quiet_cli(args_class, args_class(**settings(args)))
@@ -809,9 +930,8 @@ class Run:
 
     Args:
         script: name of the program, without `.py`.
-        args: its settings; of them env_id, seed, run_dir, resume, chunk_length, eval_episodes, capture_video, track,
-            best_of_n are read here.
-        columns: names of the statistics in train.csv, which are also their TensorBoard keys.
+        args: its settings.
+        sizes: domain and sizes of its networks, by which its checkpoints are told from others.
 
     Raises UserError where the folder already holds files and args.resume is not set.
 
@@ -819,80 +939,134 @@ class Run:
         path: the folder. checkpoint: what `save` wrote last, when resuming, else None.
     """
 
-    def __init__(self, script: str, args: Any, columns: Iterable[str]):
-        self.script, self.args, self.columns = script, args, ("stage", "step", *columns, "charts/SPS")
+    def __init__(self, script: str, args: Any, sizes: dict[str, Any]):
+        self.script, self.args, self.sizes = script, args, sizes
         name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(args.run_dir or Path("runs") / name).expanduser()
         if self.path.exists() and not args.resume:
             if not self.path.is_dir() or any(self.path.iterdir()):
-                raise UserError(f"--run-dir: {self.path} is not empty; name another folder, or continue its run with --resume")
+                raise UserError(
+                    f"--run-dir: {self.path} is not empty; name another folder, or continue its run with --resume"
+                )
         if args.track and importlib.util.find_spec("wandb") is None:
             raise UserError("--track needs Weights & Biases: pip install wandb")
         newest = self.path / "checkpoint.pt"
-        self.checkpoint = load_checkpoint(newest, [script], "--resume") if args.resume and newest.exists() else None
+        self.checkpoint = load_checkpoint(newest, script, "--resume") if args.resume and newest.exists() else None
         self.evaluator = self.writer = self.bar = None
+        self.config = {}
+        self.started = time.perf_counter()
+        self.steps_since_log = 0
         self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0  # of earlier sittings
+        self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
         self.rows = {"train.csv": [], "eval.csv": []}
 
     def __enter__(self) -> "Run":
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.created = not (self.path / "config.json").exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--run-dir: {self.path} cannot be made ({error.strerror})") from error
-        self.config = dict(
-            script=self.script,
-            args=dataclasses.asdict(self.args),
-            dataset=None,
-            command=" ".join(sys.argv),
-            git_commit=git_commit(),
-            versions={p: version_of(p) for p in ("torch", "numpy", "ogbench", "gymnasium", "mujoco")} | {"python": platform.python_version()},
-            hardware=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), platform=platform.platform(),
-                          gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None),
-        )  # fmt: skip
-        if self.created or self.checkpoint is None:
-            self.record()
-        kept = self.checkpoint["rows"] if self.checkpoint else {name: 0 for name in self.rows}
-        for name, columns in (("train.csv", self.columns), ("eval.csv", EVAL_COLUMNS)):
-            old = read_csv(self.path / name)[: kept[name]]  # rows written after the checkpoint will be written again
-            self.rows[name] = old
-            write_atomically(self.path / name, csv_text(columns, old).encode())
-        if self.args.track:
-            import wandb
-
-            wandb.init(project="trqam", name=self.path.name, config=self.config["args"], sync_tensorboard=True)
-        purge = self.checkpoint["step"] + 1 if self.checkpoint else None
-        self.writer = SummaryWriter(str(self.path), purge_step=purge)
-        if self.created:
-            table = "\n".join(f"|{key}|{value}|" for key, value in self.config["args"].items())
-            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
-        self.started = self.last_log = time.perf_counter()
-        self.steps_since_log = 0
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.bar:
-            self.bar.close()
-        if self.evaluator:
-            self.evaluator.close()
-        self.writer.close()
-        if kind is not None and issubclass(kind, UserError) and self.created and not self.rows["train.csv"]:
-            shutil.rmtree(self.path)  # nothing was trained: leave no half-made run behind
-        elif kind is KeyboardInterrupt:
+        for part in (self.bar, self.evaluator, self.writer):
+            if part:
+                part.close()
+        if kind is KeyboardInterrupt and self.writer:
             print(f"\ninterrupted; continue with --run-dir {self.path} --resume", file=sys.stderr)
+
+    def open(self):
+        """Make the folder, with config.json, or open the one to resume: from here on the run can be resumed."""
+        if self.writer:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--run-dir: {self.path} cannot be made ({error.strerror}); name another folder") from error
+        sitting = dict(
+            command=" ".join(sys.argv),
+            git_commit=git_commit(),
+            versions={p: version_of(p) for p in ("torch", "numpy", "ogbench", "gymnasium", "mujoco")}
+            | {"python": platform.python_version()},
+            hardware=dict(
+                cpu=cpu_name(),
+                cores=os.cpu_count(),
+                threads=torch.get_num_threads(),
+                platform=platform.platform(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            ),
+        )
+        config = self.path / "config.json"
+        settings = dataclasses.asdict(self.args)
+        if config.exists():
+            self.config = json.loads(config.read_text())
+            resumed = dict(step=self.checkpoint["step"] if self.checkpoint else 0, **sitting)
+            self.record(args=settings, resumed=[*self.config.get("resumed", []), resumed])
+        else:
+            self.record(script=self.script, args=settings, dataset=None, **sitting)
+
+        kept = self.checkpoint["rows"] if self.checkpoint else {name: 0 for name in self.rows}
+        for name in self.rows:  # rows written after the checkpoint will be written again
+            columns, rows = read_csv(self.path / name)
+            self.rows[name] = rows[: kept[name]]
+            self.columns[name] = columns if self.rows[name] else self.columns[name]
+            self.write_table(name)
+        if self.args.track:
+            import wandb
+
+            wandb.init(project="trqam", name=self.path.name, config=settings, sync_tensorboard=True)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.path), purge_step=self.checkpoint["step"] + 1 if self.checkpoint else None)
+        if not self.checkpoint:
+            table = "\n".join(f"|{key}|{value}|" for key, value in settings.items())
+            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
 
     def record(self, **facts):
         """Add facts to config.json."""
         self.config |= facts
         write_atomically(self.path / "config.json", json.dumps(self.config, indent=1).encode())
 
+    def load_dataset(self, device: torch.device) -> ChunkDataset:
+        """`load_dataset` with this run's settings; its origin goes into config.json, and both are printed."""
+        args = self.args
+        if args.collect_episodes and not args.dataset_path:
+            require_oracle(split_env_id(args.env_id)[1], args.dataset_dir)
+            self.open()  # collecting is long; any other data is read, and checked, before a folder is made
+        dataset, origin = load_dataset(
+            args.env_id,
+            chunk_length=args.chunk_length,
+            gamma=args.gamma,
+            sparse=args.sparse_reward,
+            device=device,
+            dataset_path=args.dataset_path,
+            dataset_dir=args.dataset_dir,
+            collect_episodes=args.collect_episodes,
+            collect_seed=args.collect_seed,
+        )
+        if args.batch_size > dataset.size:
+            raise UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
+        if self.checkpoint and self.checkpoint["dataset"]["sha256"] != origin["sha256"]:
+            raise UserError(f"--resume: the dataset is not the one this run began with ({describe_dataset(origin)})")
+        self.open()
+        self.record(dataset=origin)
+        print(f"run: {self.path}")
+        print("settings: " + ", ".join(f"{key} {value}" for key, value in self.config["args"].items() if value != ""))
+        print(f"data: {describe_dataset(origin)}; the task is done in {origin['success_fraction']:.2%} of its rows")
+        if origin["success_fraction"] == 0:
+            print("note: no row of the data solves this task, so its reward is never the highest; training goes on")
+        return dataset
+
+    def announce(self, stage: str, steps: int, one_update: Callable[[], dict[str, torch.Tensor]]):
+        """Time a few updates and print how long `steps` of them will take."""
+        for _ in range(4):  # the last one counts
+            start = time.perf_counter()
+            float(next(iter(one_update().values())))  # reading a statistic waits for the device
+            seconds = time.perf_counter() - start
+        print(
+            f"{stage}: {steps:,} updates, about {duration(steps * seconds)} ({1 / seconds:.1f}/s) without evaluations"
+        )
+
     def begin(self, step: int, total: int):
         """Show progress from update `step` to `total`."""
         self.step = step
         self.bar = tqdm(total=total, initial=step, unit="update", desc="training", **PROGRESS)
-        self.started_training = self.last_log = time.perf_counter()
+        self.last_log = time.perf_counter()
 
     def tick(self):
         """Count one update."""
@@ -902,50 +1076,78 @@ class Run:
 
     def log(self, stage: str, step: int, statistics: dict[str, Any]):
         """Write a row of train.csv, and to TensorBoard. Waits for the device."""
-        row = {"stage": stage, "step": step, **{key: float(value) for key, value in statistics.items()}}
+        row = {key: float(value) for key, value in statistics.items()}
         row["charts/SPS"] = self.steps_since_log / (time.perf_counter() - self.last_log)
-        self.append("train.csv", self.columns, row)
-        for key in self.columns[2:]:
-            if key in row:
-                self.writer.add_scalar(key, row[key], self.step)
+        for key, value in row.items():
+            self.writer.add_scalar(key, value, self.step)
+        self.append("train.csv", {"stage": stage, "step": step, **row})
         self.last_log, self.steps_since_log = time.perf_counter(), 0
 
-    def evaluate(self, stage: str, step: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def evaluate(
+        self, stage: str, step: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> dict[str, float]:
         """Evaluate a policy (see `Evaluator`), write a row of eval.csv and redraw the learning curve."""
         paused = time.perf_counter()
         if self.evaluator is None:
-            self.evaluator = Evaluator(self.args.env_id, self.args.chunk_length, self.args.eval_episodes, self.args.seed)
+            self.evaluator = Evaluator(
+                self.args.env_id, self.args.chunk_length, self.args.eval_episodes, self.args.seed
+            )
         scores = self.evaluator.evaluate(policy, self.args.best_of_n)
-        self.append("eval.csv", EVAL_COLUMNS, {"stage": stage, "step": step, **scores})
+        self.append("eval.csv", {"stage": stage, "step": step, **{key: scores[key] for key in EVAL_COLUMNS[2:]}})
         for key, value in scores.items():
-            self.writer.add_scalar(f"charts/{key}" if key.startswith("success") else f"charts/episodic_{key}", value, self.step)
+            self.writer.add_scalar(
+                f"charts/{key}" if key.startswith("success") else f"charts/episodic_{key}", value, self.step
+            )
         self.bar.set_postfix(success=f"{scores['success']:.2f}")
         self.draw()
         self.last_log += time.perf_counter() - paused  # updates per second leave evaluations out
         return scores
 
-    def append(self, name: str, columns: Iterable[str], row: dict[str, Any]):
-        text = csv_text(columns, [row]).splitlines(keepends=True)[1]
+    def append(self, name: str, row: dict[str, Any]):
+        """Add a row to a table; a column it has not had before is added to the earlier rows too, empty."""
+        new = [key for key in row if key not in self.columns[name]]
+        self.columns[name] += new
+        self.rows[name].append({key: str(value) for key, value in row.items()})
+        if new:
+            self.write_table(name)
+            return
         try:
             with open(self.path / name, "a", newline="") as file:
-                file.write(text)
+                file.write(csv_text(self.columns[name], self.rows[name][-1:], header=False))
         except OSError as error:
-            raise UserError(f"{self.path / name} could not be written ({error.strerror}); resume from the last checkpoint") from error
-        self.rows[name].append({key: str(row.get(key, "")) for key in columns})
+            raise UserError(
+                f"{self.path / name} could not be written ({error.strerror}); --resume goes on from the checkpoint"
+            ) from error
+
+    def write_table(self, name: str):
+        write_atomically(self.path / name, csv_text(self.columns[name], self.rows[name]).encode())
 
     def save(self, **state):
         """Write checkpoint.pt: `state`, which `self.checkpoint` gives back after a restart, and what the logs need."""
         buffer = io.BytesIO()
         rows = {name: len(rows) for name, rows in self.rows.items()}
         torch.save(
-            dict(kind=self.script, args=json.loads(json.dumps(dataclasses.asdict(self.args))), step=self.step, rows=rows,
-                 seconds=self.elapsed(), dataset=self.config["dataset"], **state), buffer)  # fmt: skip
+            dict(
+                kind=self.script,
+                sizes=self.sizes,
+                args=json.loads(json.dumps(dataclasses.asdict(self.args))),
+                step=self.step,
+                rows=rows,
+                seconds=self.elapsed(),
+                dataset=self.config["dataset"],
+                **state,
+            ),
+            buffer,
+        )
         write_atomically(self.path / "checkpoint.pt", buffer.getvalue())
 
-    def save_bc(self, sizes: dict[str, Any], actor_slow: dict[str, torch.Tensor]):
+    def save_bc(self, actor_slow: dict[str, torch.Tensor]):
         """Write bc_checkpoint.pt: the behaviour-cloned policy, for all tasks of the domain and all scripts."""
         buffer = io.BytesIO()
-        torch.save(dict(kind="bc", sizes=sizes, steps=self.step, dataset=self.config["dataset"], actor_slow=actor_slow), buffer)
+        torch.save(
+            dict(kind="bc", sizes=self.sizes, steps=self.step, dataset=self.config["dataset"], actor_slow=actor_slow),
+            buffer,
+        )
         write_atomically(self.path / "bc_checkpoint.pt", buffer.getvalue())
 
     def elapsed(self) -> float:
@@ -968,21 +1170,23 @@ class Run:
         if prior:
             success.axhline(float(prior[-1]["success"]), color="0.4", ls="--", label="behaviour cloning")
         success.set(title=f"success, {self.args.eval_episodes} episodes (band: standard error)", ylim=(-0.03, 1.03))
-        series = lambda key: [float(row[key]) for row in train]
+        series = lambda key: [float(row[f"trust_region/{key}"]) for row in train]
         steps = [int(row["step"]) for row in train]
-        kl.plot(steps, series("trust_region/path_kl"), color="C0", alpha=0.3, lw=0.8)
-        kl.plot(steps, series("trust_region/path_kl_ema"), color="C0", label="realised (average)")
-        kl.plot(steps, series("trust_region/closed_form_kl"), color="C2", lw=0.8, label="closed form at lambda")
-        kl.plot(steps, series("trust_region/kl_budget"), color="C3", ls="--", label="budget")
+        kl.plot(steps, series("path_kl"), color="C0", alpha=0.3, lw=0.8)
+        kl.plot(steps, series("path_kl_ema"), color="C0", label="realised (average)")
+        kl.plot(steps, series("closed_form_kl"), color="C2", lw=0.8, label="closed form at lambda")
+        kl.plot(steps, series("kl_budget"), color="C3", ls="--", label="budget")
         kl.set(title="path-space KL to the prior, nats per action", yscale="log")
-        lam.plot(steps, series("trust_region/lambda"), color="C1")
+        lam.plot(steps, series("lambda"), color="C1")
         lam.set(title="lambda", yscale="log")
         for axis in (success, kl):
             axis.legend(fontsize=8)
         for axis in (success, kl, lam):
             axis.set_xlabel("fine-tuning updates")
             axis.grid(alpha=0.3)
-        figure.suptitle(f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.config['dataset'])}", fontsize=9)
+        figure.suptitle(
+            f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.config['dataset'])}", fontsize=9
+        )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         write_atomically(self.path / "learning_curve.png", buffer.getvalue())
@@ -999,8 +1203,9 @@ class Run:
             label = "behaviour cloning" if row["stage"] == "bc" else f"{row['stage']} {int(row['step']):,}"
             score = f"{float(row['success']):.2f} ± {float(row['success_stderr']):.2f}"
             print(f"{label:24}{score:>16}{float(row['return']):>10.1f}{float(row['length']):>9.1f}")
-        if self.rows["train.csv"] and self.rows["train.csv"][-1]["trust_region/path_kl_ema"]:
-            kl, budget, lam = (float(self.rows["train.csv"][-1][f"trust_region/{k}"]) for k in ("path_kl_ema", "kl_budget", "lambda"))
+        newest = self.rows["train.csv"][-1]
+        if newest.get("trust_region/path_kl_ema"):
+            kl, budget, lam = (float(newest[f"trust_region/{key}"]) for key in ("path_kl_ema", "kl_budget", "lambda"))
             print(f"path KL {kl:.3f} (average) against a budget of {budget:.3f}; lambda {lam:.3f}")
         print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
 
@@ -1009,28 +1214,41 @@ def evaluate_checkpoint(args: Any, policy: Callable[[torch.Tensor, torch.Tensor]
     """Evaluate a finished policy and print the result; with args.capture_video, film it beside its checkpoint."""
     evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed)
     scores = evaluator.evaluate(policy, args.best_of_n)
-    words = ", ".join(f"{key} {scores[key]:.3f} ± {scores[key + '_stderr']:.3f}" for key in ("success", "return", "length"))
+    words = ", ".join(
+        f"{key} {scores[key]:.3f} ± {scores[key + '_stderr']:.3f}" for key in ("success", "return", "length")
+    )
     print(f"{args.env_id}, {scores['episodes']} episodes: {words}")
     if args.capture_video:
         evaluator.film(Path(args.checkpoint).parent / "videos")
     evaluator.close()
 
 
-def csv_text(columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> str:
+def csv_text(columns: list[str], rows: Iterable[dict[str, Any]], header: bool = True) -> str:
     text = io.StringIO()
-    table = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        table.writeheader()
     table.writerows(rows)
     return text.getvalue()
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.exists() else []
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """(columns, rows) of a table; both empty where there is none."""
+    table = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
+    rows = list(table)
+    return list(table.fieldnames or []), rows
+
+
+def duration(seconds: float) -> str:
+    """In words, in the unit that fits."""
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
 
 
 def git_commit() -> str | None:
     """Commit of the code that runs, with "+changes" where the tree differs from it; None outside a git checkout."""
-    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+    git = lambda *words: subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True
+    )
     try:
         commit = git("rev-parse", "HEAD").stdout.strip()
         return commit and commit + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "") or None

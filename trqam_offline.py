@@ -23,9 +23,7 @@ Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run file
 
 import copy
 import math
-import os
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -154,18 +152,12 @@ QUICK = dict(
     num_critics=2,
     kl_budget=0.5,
 )
-POSITIVE = ("batch_size", "chunk_length", "num_critics", "flow_steps", "best_of_n", "eval_interval", "eval_episodes",
-            "log_interval", "checkpoint_interval", "learning_rate", "max_grad_norm", "kl_budget", "lam_scale", "lambda_min",
-            "kl_clip_coef", "hidden_dims")  # fmt: skip
-NOT_NEGATIVE = ("seed", "num_threads", "collect_episodes", "collect_seed", "bc_steps", "offline_steps", "rho", "eta_lambda")
-FRACTION = ("gamma", "tau", "kl_ema_coef")
-
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
 class VelocityField(nn.Module):
-    """v(s, x, t), the flow policy: an MLP on [s, x, t], tanh-GELU (then LayerNorm, if asked for), output not squashed."""
+    """v(s, x, t), the flow policy: an MLP on [s, x, t]; tanh-GELU (and LayerNorm, if asked for), output unbounded."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], layer_norm: bool):
         super().__init__()
@@ -249,9 +241,11 @@ class Agent(nn.Module):
         self.target_actor_slow.load_state_dict(self.actor_slow.state_dict())
         self.actor_fast.load_state_dict(self.actor_slow.state_dict())
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [*self.critic.parameters(), *self.actor_slow.parameters(), *self.actor_fast.parameters()]
+
     def make_optimizer(self, args: Args) -> torch.optim.Optimizer:
-        trained = [*self.critic.parameters(), *self.actor_slow.parameters(), *self.actor_fast.parameters()]
-        return torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-8)
+        return torch.optim.Adam(self.trained_parameters(), lr=args.learning_rate, eps=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------- the mathematics
@@ -397,10 +391,6 @@ def update_targets(agent: Agent, tau: float):
 # ------------------------------------------------------------------------------------------------------ one update
 
 
-def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return optimizer.param_groups[0]["params"]
-
-
 def bc_update(
     agent: Agent, optimizer: torch.optim.Optimizer, batch: common.Batch, noise: Noise, args: Args
 ) -> dict[str, torch.Tensor]:
@@ -408,7 +398,7 @@ def bc_update(
     loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
     optimizer.zero_grad()
     loss_bc.backward()
-    grad_norm = nn.utils.clip_grad_norm_(trained_parameters(optimizer), args.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
     optimizer.step()
     return {"losses/bc_loss": loss_bc.detach(), "losses/grad_norm": grad_norm}
 
@@ -418,7 +408,7 @@ def update(
 ) -> dict[str, torch.Tensor]:
     """One TRQAM update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
 
-    Returns its statistics, scalars on the device: those of `STATISTICS`.
+    Returns its statistics, named as in TensorBoard: scalars on the device, to be read only when they are logged.
     """
     s = batch.observation  # [B, O]
     temperature = args.lam_scale * agent.lam
@@ -438,7 +428,7 @@ def update(
 
     optimizer.zero_grad()
     (loss_q + loss_bc + loss_am).backward()
-    grad_norm = nn.utils.clip_grad_norm_(trained_parameters(optimizer), args.max_grad_norm)  # of all networks together
+    grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)  # of all networks together
     with torch.no_grad():
         update_targets(agent, args.tau)  # before the step: the targets follow the weights that made this loss
         optimizer.step()
@@ -462,15 +452,6 @@ def update(
         "trust_region/closed_form_kl": kl_optimum,
         "trust_region/lambda": agent.lam.clone(),
     }
-
-
-STATISTICS = (
-    *("losses/critic_loss", "losses/bc_loss", "losses/adjoint_matching_loss", "losses/grad_norm"),
-    *("losses/q_mean", "losses/q_min", "losses/q_max", "losses/q_std", "losses/target_q_mean"),
-    *("losses/adjoint_abs_mean", "losses/adjoint_abs_std", "losses/adjoint_abs_max"),
-    *("trust_region/path_kl", "trust_region/path_kl_ema", "trust_region/closed_form_kl"),
-    *("trust_region/lambda", "trust_region/kl_budget"),
-)
 
 
 # ---------------------------------------------------------------------------------------------------------- acting
@@ -499,39 +480,13 @@ def settings(args: Args) -> dict:
     return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}
 
 
-def check(args: Args):
-    """Raise UserError for settings that make no sense, before anything else is done."""
-    common.check_ranges(args, POSITIVE, NOT_NEGATIVE, FRACTION)
-    if args.lambda_min > args.lambda_max:
-        raise common.UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}")
-
-
-def sizes(args: Args, observation_dim: int, action_dim: int) -> dict:
-    """What a checkpoint of the velocity field must agree with."""
-    return dict(domain=common.domain_of(args.env_id), observation_dim=observation_dim, action_dim=action_dim,
-                chunk_length=args.chunk_length, hidden_dims=list(args.hidden_dims), actor_layer_norm=args.actor_layer_norm)  # fmt: skip
-
-
-def announce_duration(agent: Agent, dataset: common.ChunkDataset, args: Args, stages: dict[str, int]):
-    """Time updates of a copy of the agent and print how long the run will take."""
-    twin = copy.deepcopy(agent)
-    optimizer = twin.make_optimizer(args)
-    generator = torch.Generator(agent.lam.device)
-    for stage, steps in stages.items():
-        for _ in range(4):  # the last one counts
-            start = time.perf_counter()
-            batch = dataset.sample(args.batch_size, generator)
-            noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
-            statistics = (bc_update if stage == "bc" else update)(twin, optimizer, batch, noise, args)
-            statistics["losses/bc_loss"].item()
-            seconds = time.perf_counter() - start
-        print(f"{stage}: {steps:,} updates at {1 / seconds:.1f}/s, about {steps * seconds / 60:.1f} minutes without evaluations")
-
-
 def main(args: Args):
-    check(args)
+    common.check_settings(args)
     device = common.choose_device(args.device, args.num_threads)
     observation_dim, action_dim = common.environment_sizes(args.env_id)
+    sizes = dict(domain=common.domain_of(args.env_id), observation_dim=observation_dim, action_dim=action_dim,
+                 chunk_length=args.chunk_length, hidden_dims=list(args.hidden_dims),
+                 actor_layer_norm=args.actor_layer_norm)  # fmt: skip
     torch.manual_seed(args.seed)
     agent = Agent(observation_dim, args.chunk_length * action_dim, args).to(device)
     optimizer = agent.make_optimizer(args)
@@ -539,67 +494,56 @@ def main(args: Args):
     policy = lambda observation, noise: act(agent, observation.to(device), noise.to(device), args)
 
     if args.eval_only:
-        checkpoint = common.load_checkpoint(args.checkpoint, [SCRIPT], "--checkpoint")
-        common.check_sizes(args.checkpoint, checkpoint["sizes"], sizes(args, observation_dim, action_dim), "--checkpoint")
-        agent.load_state_dict(checkpoint["agent"])
-        common.evaluate_checkpoint(args, policy)
-        return
-
-    bc_steps = args.bc_steps
+        agent.load_state_dict(common.load_checkpoint(args.checkpoint, SCRIPT, "--checkpoint", sizes)["agent"])
+        return common.evaluate_checkpoint(args, policy)
     if args.bc_checkpoint:
-        checkpoint = common.load_checkpoint(args.bc_checkpoint, ["bc"], "--bc-checkpoint")
-        common.check_sizes(args.bc_checkpoint, checkpoint["sizes"], sizes(args, observation_dim, action_dim), "--bc-checkpoint")
-        agent.actor_slow.load_state_dict(checkpoint["actor_slow"])
+        prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
+        agent.actor_slow.load_state_dict(prior["actor_slow"])
         agent.start_from_prior()
-        bc_steps = 0
+    bc_steps = 0 if args.bc_checkpoint else args.bc_steps
+    total_steps = bc_steps + args.offline_steps
 
-    with common.Run(SCRIPT, args, STATISTICS) as run:
-        dataset, origin = common.load_dataset(
-            args.env_id, chunk_length=args.chunk_length, gamma=args.gamma, sparse=args.sparse_reward, device=device,
-            dataset_path=args.dataset_path, dataset_dir=args.dataset_dir,
-            collect_episodes=args.collect_episodes, collect_seed=args.collect_seed,
-        )  # fmt: skip
-        run.record(dataset=origin)
-        if args.batch_size > dataset.size:
-            raise common.UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
-        known = common.domain_of(args.env_id) in DOMAINS
-        print(f"settings: {'domain' if known else 'general defaults: no published settings for'} {common.domain_of(args.env_id)}")
-        print(args)
-        announce_duration(agent, dataset, args, {"bc": bc_steps, "offline": args.offline_steps})
+    with common.Run(SCRIPT, args, sizes) as run:
+        dataset = run.load_dataset(device)
 
-        step, total = 0, bc_steps + args.offline_steps
+        def train_step(stage_update, agent, optimizer, generator):
+            batch = dataset.sample(args.batch_size, generator)
+            noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
+            return stage_update(agent, optimizer, batch, noise, args)
+
+        twin = copy.deepcopy(agent)  # is timed, and learns nothing that counts
+        trial = twin, twin.make_optimizer(args), torch.Generator(device)
+        run.announce("bc", bc_steps, lambda: train_step(bc_update, *trial))
+        run.announce("offline", args.offline_steps, lambda: train_step(update, *trial))
+
+        step = 0  # updates done, over both stages
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
-        run.begin(step, total)
+        run.begin(step, total_steps)
         if step == bc_steps == 0:
             run.evaluate("bc", 0, policy)
 
-        while step < total:
-            batch = dataset.sample(args.batch_size, generator)
-            noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
-            stage_update = bc_update if step < bc_steps else update
-            statistics = stage_update(agent, optimizer, batch, noise, args)
+        while step < total_steps:
+            statistics = train_step(bc_update if step < bc_steps else update, agent, optimizer, generator)
             step += 1
             run.tick()
-
             stage, stage_step = ("bc", step) if step <= bc_steps else ("offline", step - bc_steps)
-            stage_ends = step in (bc_steps, total)
+            stage_ends = step in (bc_steps, total_steps)
             if stage_ends or stage_step % args.log_interval == 0:
                 run.log(stage, stage_step, {**statistics, "trust_region/kl_budget": args.kl_budget})
-            if step == bc_steps:  # the behaviour-cloned policy becomes the prior; fine-tuning starts afresh
+            if step == bc_steps:  # the behaviour-cloned policy becomes the prior, and fine-tuning starts afresh
                 agent.start_from_prior()
                 optimizer = agent.make_optimizer(args)
                 generator.manual_seed(args.seed)
-                run.save_bc(sizes(args, observation_dim, action_dim), agent.actor_slow.state_dict())
+                run.save_bc(agent.actor_slow.state_dict())
             evaluation_due = stage_ends or (stage == "offline" and stage_step % args.eval_interval == 0)
             if evaluation_due:
                 run.evaluate(stage, stage_step, policy)
             if evaluation_due or stage_step % args.checkpoint_interval == 0:
-                run.save(sizes=sizes(args, observation_dim, action_dim), agent=agent.state_dict(),
-                         optimizer=optimizer.state_dict(), generator=generator.get_state())  # fmt: skip
+                run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())
         run.finish()
 
 

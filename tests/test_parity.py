@@ -23,7 +23,9 @@ FILES = sorted(FOLDER.glob("*.npz"))
 SCRIPTS = {"trqam": trqam_offline}  # algo -> the script that implements it
 NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast")
 TOLERANCE = 1e-5  # relative, norm-wise: float32 rounding, accumulated over the steps
-SPECIFIED = dict(residual=False, clip_adj=True, use_target_grad=True, target_actor=True, value_layer_norm=True, bc_only=False)
+SPECIFIED = dict(
+    residual=False, clip_adj=True, use_target_grad=True, target_actor=True, value_layer_norm=True, bc_only=False
+)
 
 
 def test_there_is_something_to_compare_with():
@@ -80,7 +82,9 @@ class Recording:
         fields = script.Args.__dataclass_fields__
         settings = {names.get(key, key): value for key, value in config.items() if names.get(key, key) in fields}
         settings |= dict(hidden_dims=tuple(meta["hidden"]), num_critics=meta["num_critics"], chunk_length=meta["chunk"])
-        settings |= dict(flow_steps=meta["flow_steps"], actor_layer_norm=meta["actor_layer_norm"], batch_size=meta["batch"])
+        settings |= dict(
+            flow_steps=meta["flow_steps"], actor_layer_norm=meta["actor_layer_norm"], batch_size=meta["batch"]
+        )
         return script.Args(**settings, max_grad_norm=1.0 if config.get("clip_grad", True) else math.inf)
 
     def batch(self, step):
@@ -111,7 +115,9 @@ def test_update_makes_the_recorded_numbers(path):
     algo = recording.meta["algo"]
     if algo not in SCRIPTS:
         pytest.skip(f"no script implements {algo!r} yet")
-    other = {key: recording.config[key] for key, value in SPECIFIED.items() if recording.config.get(key, value) != value}
+    other = {
+        key: recording.config[key] for key, value in SPECIFIED.items() if recording.config.get(key, value) != value
+    }
     if other:
         pytest.skip(f"recorded with {other}, which is not the published algorithm")
     script, args = SCRIPTS[algo], recording.args(SCRIPTS[algo])
@@ -165,7 +171,9 @@ def compare_gradients(recording, script, agent, optimizer, batch, noise, args, s
     script.update(twin, twin.make_optimizer(args), batch, noise, unclipped)
     for network in ("critic", "actor_slow", "actor_fast"):
         for parameter, name, layout in parameters(script, getattr(twin, network)):
-            recording.compare(f"grad/{network}/{name}", parameter.grad, layout(recording[f"step{step}/grad/{network}/{name}"]))
+            recording.compare(
+                f"grad/{network}/{name}", parameter.grad, layout(recording[f"step{step}/grad/{network}/{name}"])
+            )
 
 
 def compare_statistics(recording, statistics, step):

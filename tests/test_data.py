@@ -1,0 +1,267 @@
+"""Batches, collected data and evaluation, against slow versions and OGBench's own code."""
+
+import json
+import shutil
+
+import gymnasium
+import numpy as np
+import ogbench
+import pytest
+import torch
+
+import common
+
+
+def file_of_episodes(lengths, seed=0, observation_dim=3, action_dim=2):
+    """Random rows in OGBench's file format: each episode's last row holds its final state."""
+    rng = np.random.default_rng(seed)
+    rows = sum(lengths)
+    terminals = np.zeros(rows, dtype=bool)
+    terminals[np.cumsum(lengths) - 1] = True
+    return dict(
+        observations=rng.normal(size=(rows, observation_dim)).astype(np.float32),
+        actions=rng.uniform(-1.2, 1.2, size=(rows, action_dim)).astype(np.float32),
+        rewards=rng.choice([-2.0, -1.0, 0.0], size=rows).astype(np.float32),
+        masks=rng.choice([0.0, 1.0], size=rows, p=[0.2, 0.8]).astype(np.float32),
+        terminals=terminals,
+    )
+
+
+def slow_chunk(data, start, chunk_length, gamma, sparse):
+    """One chunk by the definition, step after step, on transitions with their next observations stored."""
+    last = data["terminals"].astype(bool)
+    rows = np.flatnonzero(~last)  # a transition is a row that is not an episode's last
+    is_end = last[rows + 1]
+    rewards = data["rewards"][rows]
+    if sparse:
+        rewards = np.where(rewards != 0, -1.0, 0.0)
+    ended, total, mask, next_observation = False, 0.0, 1.0, None
+    for j in range(chunk_length):
+        valid = not ended
+        if valid:
+            total += gamma**j * rewards[start + j]
+            mask = min(mask, data["masks"][rows[start + j]])
+            next_observation = data["observations"][rows[start + j] + 1]
+        ended = ended or is_end[start + j]
+    actions = data["actions"][rows[start : start + chunk_length]].clip(-1 + 1e-5, 1 - 1e-5).reshape(-1)
+    return data["observations"][rows[start]], actions, total, mask, next_observation, float(valid)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("chunk_length", [1, 3, 5])
+@pytest.mark.parametrize("lengths", [(40,), (2, 3, 4, 9, 2, 20), (7,) * 12])
+def test_batches_are_those_of_the_slow_version(lengths, chunk_length, sparse):
+    data = file_of_episodes(lengths)
+    dataset = common.ChunkDataset(**data, chunk_length=chunk_length, gamma=0.9, sparse=sparse)
+    assert dataset.size == sum(lengths) - len(lengths)
+    starts = torch.arange(dataset.size - chunk_length + 1)  # all there are
+    batch = dataset.chunks(starts)
+    for i in starts.tolist():
+        slow = slow_chunk(data, i, chunk_length, 0.9, sparse)
+        for ours, expected in zip(batch, slow, strict=True):
+            np.testing.assert_allclose(ours[i].numpy(), expected, rtol=1e-6, atol=1e-6)
+    if chunk_length > 1 and len(lengths) > 1:
+        assert 0 < batch.valid.mean() < 1  # ends inside chunks did occur
+
+
+def test_chunk_starts_are_uniform_over_all_transitions():
+    dataset = common.ChunkDataset(**file_of_episodes((6, 5)), chunk_length=3, gamma=1.0)
+    batch = dataset.sample(70_000, torch.Generator().manual_seed(0))
+    starts = dataset.chunks(torch.arange(dataset.size - 2)).observation  # 0 ... N - c
+    counts = (batch.observation[:, None] == starts).all(-1).sum(0)
+    assert counts.sum() == 70_000
+    assert (counts - 10_000).abs().max() < 5 * np.sqrt(10_000)
+
+
+def test_batches_repeat_with_the_generator():
+    dataset = common.ChunkDataset(**file_of_episodes((50, 50)), chunk_length=5, gamma=0.99)
+    first, second, other = (dataset.sample(16, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert not torch.equal(first.action, other.action)
+
+
+# ------------------------------------------------------------------------------------------------- collected data
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """One training and one validation episode of the scene, from two workers."""
+    folder = tmp_path_factory.mktemp("data")
+    return common.collect_dataset("scene-play-v0", 1, 7, str(folder), workers=2)
+
+
+def test_collected_file_is_in_ogbench_format(collected):
+    for path, episodes in ((collected, 1), (collected.with_name(f"{collected.stem}-val.npz"), 1)):
+        file = np.load(path, allow_pickle=False)
+        assert set(file.files) == {"observations", "actions", "terminals", "qpos", "qvel", "button_states"}
+        assert file["observations"].shape == (1001 * episodes, 40) and file["observations"].dtype == np.float32
+        assert file["actions"].shape == (1001 * episodes, 5) and file["actions"].dtype == np.float32
+        assert np.abs(file["actions"]).max() <= 1
+        assert file["terminals"].dtype == bool and file["button_states"].dtype == np.int64
+        np.testing.assert_array_equal(np.flatnonzero(file["terminals"]), [1000])
+    origin = json.loads(collected.with_suffix(".json").read_text())
+    assert origin["origin"] == "collected" and origin["collect_seed"] == 7 and origin["episodes"] == 1
+    assert origin["sha256"] == common.file_hash(collected)
+    assert not list(collected.parent.glob("*.partial"))
+
+
+def test_collected_file_loads_through_ogbench_with_the_same_rewards(collected):
+    env_id = "scene-play-singletask-task1-v0"
+    env, theirs, _ = ogbench.make_env_and_datasets(env_id, dataset_path=str(collected))
+    ours, info = common.load_dataset(env_id, chunk_length=1, gamma=1.0, dataset_path=str(collected))
+    batch = ours.chunks(torch.arange(ours.size))
+    assert ours.size == len(theirs["observations"]) == 1000
+    for name, key in (
+        ("observation", "observations"),
+        ("reward", "rewards"),
+        ("mask", "masks"),
+        ("next_observation", "next_observations"),
+    ):
+        np.testing.assert_array_equal(getattr(batch, name).numpy(), theirs[key])
+    np.testing.assert_allclose(batch.action.numpy(), theirs["actions"], atol=1.1e-5)
+    assert len(np.unique(theirs["rewards"])) > 1
+    assert info["origin"] == "collected" and info["transitions"] == 1000
+    assert "not the official" in common.describe_dataset(info)
+    env.close()
+
+
+def test_collecting_again_with_one_worker_or_after_a_stop_gives_the_same_bytes(collected, tmp_path):
+    arguments = ("scene-play-v0", 1, 7, str(tmp_path))
+    path = common.collected_path(*arguments)
+    partial = path.with_suffix(".partial")
+    partial.mkdir()
+    common.write_episode("scene-play-v0", 7, "val", 0, partial / "val-00000.npz")  # what a stopped collection leaves
+    made = (partial / "val-00000.npz").stat().st_mtime_ns
+    kept = []
+    remove, shutil.rmtree = shutil.rmtree, lambda folder: kept.append((folder / "val-00000.npz").stat().st_mtime_ns)
+    try:
+        common.collect_dataset(*arguments, workers=1)
+    finally:
+        shutil.rmtree = remove
+    assert kept == [made]  # the finished episode was not collected again
+    for name in (path.name, f"{path.stem}-val.npz"):
+        ours, theirs = np.load(tmp_path / name), np.load(collected.parent / name)
+        for key in ours.files:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+def test_episodes_differ_by_seed_and_index():
+    first, other_seed, other_index = (
+        common.collect_episode("pointmaze-medium-navigate-v0", seed, "train", index)
+        for seed, index in ((0, 0), (1, 0), (0, 1))
+    )
+    assert first["observations"].shape == (1001, 2)
+    assert not np.array_equal(first["observations"], other_seed["observations"])
+    assert not np.array_equal(first["observations"], other_index["observations"])
+    # The oracle's points do get around: every episode crosses several cells of 4 x 4.
+    assert len(np.unique(np.round(first["observations"] / 4), axis=0)) >= 5
+
+
+def test_lost_cubes_are_noticed():
+    qpos = np.zeros((5, 25))
+    qpos[:, 14:17] = [0.4, 0.0, 0.02]
+    assert not common.cube_was_lost(qpos)
+    for y, z, lost in ((0.3, 0.02, True), (-0.31, 0.02, True), (-0.31, 0.07, False), (0.28, 0.5, False)):
+        moved = qpos.copy()
+        moved[3, 15:17] = y, z
+        assert common.cube_was_lost(moved) == lost
+
+
+# ----------------------------------------------------------------------------------------------------- environments
+
+
+def test_ids_split_into_environment_and_dataset():
+    assert common.split_env_id("scene-play-singletask-task1-v0") == ("scene-singletask-task1-v0", "scene-play-v0")
+    assert common.split_env_id("antmaze-large-navigate-singletask-v0") == (
+        "antmaze-large-singletask-v0",
+        "antmaze-large-navigate-v0",
+    )
+    assert common.domain_of("cube-double-play-singletask-task3-v0") == "cube-double-play"
+    with pytest.raises(common.UserError, match="did you mean 'scene-play-singletask-task1-v0'"):
+        common.split_env_id("scene-ply-singletask-task1-v0")
+
+
+@pytest.mark.parametrize(
+    "env_id", ["cube-single-play-singletask-task2-v0", "pointmaze-medium-navigate-singletask-task1-v0"]
+)
+def test_a_seed_decides_the_whole_episode(env_id):
+    first, second = common.make_env(env_id), common.make_env(env_id)
+    first.reset(seed=1)
+    np.random.seed(None)
+    starts = [env.reset(seed=5)[0] for env in (first, second)]
+    np.testing.assert_array_equal(*starts)
+    action = np.full(first.action_space.shape, 0.3)
+    for _ in range(20):
+        steps = [env.step(action)[0] for env in (first, second)]
+    np.testing.assert_array_equal(*steps)
+    assert not np.array_equal(first.reset(seed=6)[0], starts[0])
+
+
+class Countdown(gymnasium.Env):
+    """Episodes of 1 to 9 steps, as the seed has it; the shorter ones succeed. Return: -1 a step."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length, self.steps = seed % 9 + 1, 0
+        return np.array([self.length, 0.0]), {}
+
+    def step(self, action):
+        assert self.steps < self.length, "stepped after its end"
+        assert action == self.steps % 3 / 10, "the chunk is executed in order, and drawn anew at its end"
+        self.steps += 1
+        done = self.steps == self.length
+        success = float(self.length <= 4) if done else 1.0 - float(self.length <= 4)  # only the last step's counts
+        return (
+            np.array([self.length, self.steps]),
+            -1.0,
+            done and self.length % 2 == 0,
+            done and self.length % 2 == 1,
+            {"success": success},
+        )
+
+
+@pytest.mark.parametrize("episodes", [1, 3, 23])
+def test_evaluation_counts_every_episode_once(monkeypatch, episodes):
+    monkeypatch.setattr(common, "make_chunked_env", make_countdown)
+    evaluator = common.Evaluator("", chunk_length=3, episodes=episodes, seed=11)
+    lengths = np.array([seed % 9 + 1 for seed in evaluator.seeds])
+    chunks = torch.tensor([[0.0, 0.1, 0.2]])
+    for _ in range(2):  # the same episodes again
+        scores = evaluator.evaluate(lambda observation, noise: chunks.expand(len(observation), -1), samples=2)
+        success = (lengths <= 4).astype(float)
+        assert scores["episodes"] == episodes
+        assert scores["success"] == pytest.approx(success.mean())
+        assert scores["length"] == pytest.approx(lengths.mean())
+        assert scores["return"] == pytest.approx(-lengths.mean())
+        if episodes > 1:
+            assert scores["success_stderr"] == pytest.approx(success.std(ddof=1) / np.sqrt(episodes))
+    evaluator.close()
+    if episodes == 23:
+        assert len(set(lengths)) > 4 and 0 < success.mean() < 1
+
+
+def make_countdown(env_id, chunk_length):
+    return common.ChunkedEpisode(Countdown(), chunk_length)
+
+
+def test_evaluation_noise_belongs_to_the_episode(monkeypatch):
+    monkeypatch.setattr(common, "make_chunked_env", make_countdown)
+    drawn = []
+    for cores in (1, 4):
+        monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
+        evaluator = common.Evaluator("", chunk_length=3, episodes=9, seed=2)
+        seen = {}
+
+        def policy(observation, noise):
+            for o, z in zip(observation.tolist(), noise):
+                seen.setdefault(tuple(o), []).append(z)
+            return torch.tensor([[0.0, 0.1, 0.2]]).expand(len(observation), -1)
+
+        evaluator.evaluate(policy)
+        evaluator.close()
+        drawn.append({key: torch.stack(sorted(values, key=lambda z: float(z.sum()))) for key, values in seen.items()})
+    assert drawn[0].keys() == drawn[1].keys()
+    assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in drawn[0])

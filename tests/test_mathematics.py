@@ -1,0 +1,268 @@
+"""The mathematics against closed forms: lean adjoint, Theorem 1, and the tilted Gaussian, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+
+import common
+import trqam_offline
+
+SCRIPTS = [trqam_offline]
+B, O, A, K = 6, 4, 3, 10
+H = 1 / K
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def base_step(base, s, x, k):
+    """One Euler step of the base drift that the adjoint differentiates: x + h b_k(x)."""
+    return x + H * (2 * base(s, x, (k + 1) * H) - x / ((k + 1) * H))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_lean_adjoint_is_the_gradient_through_the_unrolled_base(script, layer_norm):
+    base = script.VelocityField(O, A, (16, 16), layer_norm)
+    critic = script.Critic(O, A, (16, 16), 3)
+    s, x = torch.randn(B, O), 0.1 * torch.randn(B, A)
+    xs, x = [x.requires_grad_()], x
+    for k in range(K):
+        x = base_step(base, s, x, k)
+        xs.append(x)
+    cost = -critic(s, xs[-1].clamp(-1, 1)).mean(0).sum()
+    expected = torch.stack(torch.autograd.grad(cost, xs[:-1]))
+    with torch.no_grad():
+        a = script.terminal_adjoint(critic, s, xs[-1])
+        found = script.lean_adjoint(base, s, torch.stack(xs[:-1]), a)
+    assert a.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lean_adjoint_is_the_finite_difference_of_one_step(script):
+    base = script.VelocityField(O, A, (16, 16), False)
+    s, xs, a = torch.randn(B, O), torch.randn(K, B, A), torch.randn(B, A)
+    adjoints = torch.cat([script.lean_adjoint(base, s, xs, a), a[None]]).detach()
+    epsilon = 1e-6
+    for k in range(K):  # on any path, a_k . d is the change of a_{k+1} . step_k along d
+        direction = torch.randn(B, A)
+        with torch.no_grad():
+            ahead, behind = (base_step(base, s, xs[k] + sign * epsilon * direction, k) for sign in (1, -1))
+        expected = ((ahead - behind) * adjoints[k + 1]).sum(-1) / (2 * epsilon)
+        torch.testing.assert_close((adjoints[k] * direction).sum(-1), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_terminal_adjoint_is_zero_where_the_action_is_clipped(script):
+    critic = script.Critic(O, A, (16, 16), 3)
+    x = torch.tensor([[0.5, 1.5, -2.0]])
+    a = script.terminal_adjoint(critic, torch.randn(1, O), x)
+    assert a[0, 0] != 0 and a[0, 1] == 0 and a[0, 2] == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_velocity_at_the_optimum_has_no_loss_and_the_closed_form_kl(script):
+    adjoints, temperature = torch.randn(K, B, A), torch.tensor(1.7)
+    g2 = script.memoryless_g2(script.flow_times(adjoints), H)
+    optimum = -g2 * adjoints / (2 * temperature)
+    assert script.adjoint_matching_loss(optimum, adjoints, temperature) < 1e-20
+    for wrong in (-optimum, 2 * optimum, optimum / 2):
+        assert script.adjoint_matching_loss(wrong, adjoints, temperature) > 1e-2
+    closed = script.closed_form_kl(adjoints, temperature, chunk_length=5)
+    torch.testing.assert_close(script.path_kl(optimum, chunk_length=5), closed)
+    # Theorem 1 in the control u = 2 Delta / g, whose integral the KL is.
+    energy = 0.5 * H * ((2 * optimum) ** 2 / g2).sum((0, 2)).mean() / 5
+    torch.testing.assert_close(closed, energy)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_path_kl_is_the_expected_log_likelihood_ratio_of_the_paths(script, seed):
+    """Theorem 1 for random linear drifts: KL = E log p_controlled(path) - log p_base(path), Gaussian transitions."""
+    torch.manual_seed(seed)
+    n, chunk_length = 20_000, 3
+    base_matrix, difference, shift = torch.randn(A, A) / 2, torch.randn(A, A) / 5, torch.randn(A) / 5
+    base = lambda s, x, t: x @ base_matrix
+    controlled = lambda s, x, t: x @ (base_matrix + difference) + shift * (1 - t)
+    s = torch.zeros(n, 1)
+    xs, _ = script.memoryless_rollout(controlled, base, s, torch.randn(n, A), torch.randn(K, n, A))
+
+    def transition(velocity, k):  # mean and variance of x_{k+1} given x_k
+        t = k * H
+        return xs[k] + H * (2 * velocity(s, xs[k], t) - xs[k] / (t + H)), H * 2 * (1 - t + H) / (t + H)
+
+    ratio = torch.zeros(n)
+    for k in range(K):
+        mean, variance = transition(controlled, k)
+        # The rollout's last step has no noise, but the KL counts it as if it had: draw that one here.
+        following = xs[k + 1] if k + 1 < K else mean + math.sqrt(variance) * torch.randn(n, A)
+        base_mean, _ = transition(base, k)
+        ratio += ((following - base_mean) ** 2 - (following - mean) ** 2).sum(-1) / (2 * variance)
+
+    delta = script.velocity_difference(controlled, base, s, xs)
+    kl = script.path_kl(delta, chunk_length) * chunk_length
+    standard_error = ratio.std() / math.sqrt(n)
+    assert standard_error < 0.05 * kl  # precise enough to notice a factor of 1.2
+    assert abs(ratio.mean() - kl) < 4 * standard_error
+
+
+# The tilted Gaussian. The prior's actions are N(0, V I) and Q is quadratic, so the optimum at temperature T is the
+# Gaussian  p(a) ~ N(0, V I) exp(Q(a) / T), and its path KL is KL(p || prior), since a memoryless path's end is
+# independent of its beginning. The clip of actions at 1 plays no part: that is five standard deviations away.
+# V is the exact variance of the K-step memoryless rollout, by recursion: 14 % over its limit S^2 at K = 50.
+# Tolerance 5 %: what is left of the discretisation, and the noise of the last batches.
+
+S = 0.2
+STEPS = 50
+TARGET, CURVATURE = torch.tensor([0.15, -0.1], dtype=torch.float64), torch.tensor([25.0, 60.0], dtype=torch.float64)
+
+
+def prior_slope(t):
+    """The exact flow from N(0, I) to N(0, S^2 I) is linear: v(x, t) = E[a - x_0 | x_t = x] = slope(t) x."""
+    return (t * S**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * S**2)
+
+
+def prior_variance():
+    h, variance = 1 / STEPS, 1.0
+    for k in range(STEPS - 1):
+        t = k * h
+        variance = (1 + h * (2 * prior_slope(t) - 1 / (t + h))) ** 2 * variance + h * 2 * (1 - t + h) / (t + h)
+    return (1 + h * prior_slope(1 - h)) ** 2 * variance
+
+
+class GaussianPrior(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, s, x, t):
+        return prior_slope(t) * x + 0 * self.unused
+
+
+class LinearPolicy(nn.Module):
+    """The prior plus an affine map of x for each flow step: it can represent the optimum exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.prior = GaussianPrior().requires_grad_(False)
+        self.slope, self.offset = nn.Parameter(torch.zeros(STEPS, 2)), nn.Parameter(torch.zeros(STEPS, 2))
+
+    def forward(self, s, x, t):
+        k = ((torch.zeros_like(x[..., :1]) + t) * STEPS).round().long().squeeze(-1)  # x's shape without its last
+        return self.prior(s, x, t) + self.slope[k] * x + self.offset[k]
+
+
+class QuadraticCritic(nn.Module):
+    """Q(a) = -1/2 (a - TARGET)^T diag(CURVATURE) (a - TARGET), twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, s, action):
+        q = -0.5 * (CURVATURE * (action - TARGET) ** 2).sum(-1) + 0 * self.unused
+        return torch.stack([q, q])
+
+
+def tilted(temperature):
+    """Mean and variance (per dimension) of the optimum at this temperature, and its KL to the prior."""
+    prior = prior_variance()
+    variance = 1 / (1 / prior + CURVATURE / temperature)
+    mean = variance * CURVATURE / temperature * TARGET
+    kl = 0.5 * ((variance + mean**2) / prior - 1 - torch.log(variance / prior)).sum()
+    return mean, variance, kl
+
+
+def train_on_gaussian(script, args, updates):
+    """Run `update` with the true Q and prior in place of networks; nothing but the policy (and lambda) can change."""
+    agent = script.Agent(1, 2, args)
+    agent.critic, agent.target_critic = QuadraticCritic(), QuadraticCritic()
+    agent.actor_slow, agent.target_actor_slow, agent.actor_fast = GaussianPrior(), GaussianPrior(), LinearPolicy()
+    optimizer = agent.make_optimizer(args)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, eta_min=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    n = args.batch_size
+    zeros = torch.zeros(n)
+    batch = common.Batch(torch.zeros(n, 1), torch.zeros(n, 2), zeros, zeros, torch.zeros(n, 1), valid=zeros)
+    history = []
+    for _ in range(updates):
+        noise = script.draw_noise(n, 2, STEPS, generator)
+        history.append(script.update(agent, optimizer, batch, noise, args))
+        schedule.step()
+    return agent, history
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_converges_to_the_tilted_gaussian_at_a_fixed_temperature(script):
+    args = script.Args(
+        hidden_dims=(4,),
+        num_critics=2,
+        flow_steps=STEPS,
+        chunk_length=1,
+        batch_size=512,
+        max_grad_norm=1e6,
+        learning_rate=0.05,
+        eta_lambda=0.0,
+        lam_scale=1.5,
+        kl_budget=1.0,
+    )
+    agent, history = train_on_gaussian(script, args, updates=400)
+    mean, variance, kl = tilted(temperature=1.5)
+    n, s = 100_000, torch.zeros(100_000, 1)
+    with torch.no_grad():
+        noise = torch.randn(n, 2), torch.randn(STEPS, n, 2)
+        _, prior_actions = script.memoryless_rollout(agent.target_actor_slow, agent.target_actor_slow, s, *noise)
+        _, actions = script.memoryless_rollout(agent.actor_fast, agent.actor_fast, s, *noise)
+    assert agent.lam == 1
+    torch.testing.assert_close(prior_actions.var(0), torch.full((2,), prior_variance()), rtol=0.02, atol=0)
+    torch.testing.assert_close(actions.mean(0), mean, rtol=0.05, atol=0)
+    torch.testing.assert_close(actions.var(0), variance, rtol=0.05, atol=0)
+    assert (prior_actions.var(0) / variance > 1.5).all()  # the prior itself is far from passing
+    realised = torch.stack([row["trust_region/path_kl"] for row in history[-50:]]).mean()
+    # The KL counts the last, noiseless step as if it had noise, and its first ones are the coarsest: 8 %.
+    torch.testing.assert_close(realised, kl, rtol=0.08, atol=0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lambda_settles_where_the_optimum_spends_the_budget(script):
+    temperature = 2.0
+    budget = float(tilted(temperature)[2]) / 4
+    args = script.Args(
+        hidden_dims=(4,),
+        num_critics=2,
+        flow_steps=STEPS,
+        chunk_length=4,
+        batch_size=512,
+        max_grad_norm=1e6,
+        learning_rate=0.05,
+        eta_lambda=0.05,
+        lam_scale=3.0,
+        kl_budget=budget,
+    )
+    agent, history = train_on_gaussian(script, args, updates=900)
+    lam = torch.stack([row["trust_region/lambda"] for row in history[-100:]])
+    kl = torch.stack([row["trust_region/path_kl"] for row in history[-100:]])
+    assert lam.max() / lam.min() < 1.05  # settled
+    torch.testing.assert_close(kl.mean(), torch.tensor(budget), rtol=0.03, atol=0)
+    torch.testing.assert_close(args.lam_scale * lam.mean(), torch.tensor(temperature), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range(script):
+    args = script.Args(hidden_dims=(4,), kl_budget=0.5, lambda_min=0.9, lambda_max=1.1, eta_lambda=1.0)
+    for kl, expected in ((100.0, 1.1), (0.0, 0.9)):
+        agent = script.Agent(2, 2, args)
+        script.dual_descent(agent, torch.tensor(kl), args)
+        average = 0.1 * min(kl, 2 * 0.5)  # D after one step from 0: a single KL counts for two budgets at most
+        torch.testing.assert_close(agent.kl_ema, torch.tensor(average))
+        for _ in range(50):
+            script.dual_descent(agent, torch.tensor(kl), args)
+        torch.testing.assert_close(agent.lam, torch.tensor(expected))

@@ -1,0 +1,321 @@
+"""Whole runs of the scripts: resuming, what they write, and what they say to bad input. On pointmaze, which is fast."""
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import trqam_offline
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"trqam_offline": trqam_offline}
+ENV = "pointmaze-medium-navigate-singletask-task1-v0"
+TINY = (
+    f"--env-id {ENV} --hidden-dims 16 16 --num-critics 2 --flow-steps 3 --batch-size 8 --chunk-length 4 --eval-episodes 2 "
+    "--bc-steps 12 --offline-steps 18 --eval-interval 9 --log-interval 3 --checkpoint-interval 5 --num-threads 1"
+).split()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Two collected episodes: 2,000 transitions."""
+    folder = tmp_path_factory.mktemp("pointmaze")
+    return common.collect_dataset("pointmaze-medium-navigate-v0", 2, 0, str(folder))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def start(script, monkeypatch, *words):
+    """`python script.py words` in this process; returns what it said when it stopped early, else None."""
+    module = SCRIPTS[script]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+    try:
+        common.run_script(module.main, module.Args, module.settings, module.SCRIPT)
+    except SystemExit as stop:
+        return stop.code
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def differences(first, second):
+    """Names of what differs between two finished runs; the clock's column aside."""
+    found = []
+    ours, theirs = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (first, second))
+    for key in ("step", "sizes"):
+        found += [key] if ours[key] != theirs[key] else []
+    found += [key for key in ours["agent"] if not torch.equal(ours["agent"][key], theirs["agent"][key])]
+    found += ["generator"] if not torch.equal(ours["generator"], theirs["generator"]) else []
+    for number, state in ours["optimizer"]["state"].items():
+        found += [f"adam {number} {k}" for k in state if not torch.equal(state[k], theirs["optimizer"]["state"][number][k])]
+    for table in ("train.csv", "eval.csv"):
+        ours, theirs = ([{**row, "charts/SPS": ""} for row in rows(run / table)] for run in (first, second))
+        found += [table] if ours != theirs else []
+    return found
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_stopped_and_resumed_run_equals_an_untouched_one(script, dataset, tmp_path, monkeypatch):
+    flags = [*TINY, "--dataset-path", dataset]
+    assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
+    tick = common.Run.tick
+    for stop_after in (3, 12, 26):  # before any checkpoint, at the change of stage, in fine-tuning
+        count = iter(range(1, 1000))
+
+        def stopping_tick(run, stop_after=stop_after, count=count):
+            tick(run)
+            if next(count) == stop_after:
+                raise Killed
+
+        run_dir = f"stopped-{stop_after}"
+        monkeypatch.setattr(common.Run, "tick", stopping_tick)
+        with pytest.raises(Killed):
+            start(script, monkeypatch, *flags, "--run-dir", run_dir)
+        monkeypatch.setattr(common.Run, "tick", tick)
+        assert start(script, monkeypatch, *flags, "--run-dir", run_dir, "--resume") is None
+        assert differences(tmp_path / "whole", tmp_path / run_dir) == []
+    assert start(script, monkeypatch, *flags, "--run-dir", "other", "--seed", 1) is None
+    assert len(differences(tmp_path / "whole", tmp_path / "other")) > 10  # the comparison does see differences
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, monkeypatch):
+    flags = [*TINY, "--dataset-path", str(dataset), "--bc-steps", "60", "--offline-steps", "400"]
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--run-dir", "killed"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not Path("killed/checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    assert start(script, monkeypatch, *flags, "--run-dir", "killed", "--resume") is None
+    assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
+    assert differences(tmp_path / "whole", tmp_path / "killed") == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, dataset, tmp_path, monkeypatch, capsys):
+    assert start(script, monkeypatch, *TINY, "--dataset-path", dataset, "--run-dir", "first", "--kl-budget", 0.7) is None
+    run = tmp_path / "first"
+    config = json.loads((run / "config.json").read_text())
+    assert config["script"] == script and config["args"]["kl_budget"] == 0.7
+    assert config["dataset"]["sha256"] == common.file_hash(dataset) and config["dataset"]["transitions"] == 2000
+    assert config["versions"]["ogbench"] == "1.2.2" and config["hardware"]["cores"] == os.cpu_count()
+    header = (run / "eval.csv").read_text().splitlines()[0]
+    assert header == "stage,step,success,success_stderr,return,length,episodes"
+    assert [(row["stage"], row["step"]) for row in rows(run / "eval.csv")] == [("bc", "12"), ("offline", "9"), ("offline", "18")]
+    train = rows(run / "train.csv")
+    assert [int(row["step"]) for row in train] == [3, 6, 9, 12, 3, 6, 9, 12, 15, 18]
+    assert all(np.isfinite(float(row["losses/bc_loss"])) for row in train)
+    for key in ("path_kl", "path_kl_ema", "closed_form_kl", "lambda", "kl_budget"):
+        assert float(train[-1][f"trust_region/{key}"]) > 0
+    assert float(train[-1]["losses/grad_norm"]) > 0 and float(train[-1]["charts/SPS"]) > 0
+    assert list(run.glob("events.out.tfevents.*")) and (run / "learning_curve.png").stat().st_size > 10_000
+    assert "behaviour cloning" in capsys.readouterr().out
+
+    # The prior: fine-tuning from the file is the same as fine-tuning at once.
+    prior = ["--bc-checkpoint", run / "bc_checkpoint.pt", "--kl-budget", 0.7]
+    assert start(script, monkeypatch, *TINY, "--dataset-path", dataset, "--run-dir", "second", *prior) is None
+    ours, theirs = (torch.load(f"{name}/checkpoint.pt", weights_only=True)["agent"] for name in ("first", "second"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    capsys.readouterr()
+    assert start(script, monkeypatch, "--eval-only", "--checkpoint", run / "checkpoint.pt", "--eval-episodes", 2) is None
+    last = rows(run / "eval.csv")[-1]
+    assert f"success {float(last['success']):.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
+    module = SCRIPTS[script]
+    parse = lambda *words: (
+        monkeypatch.setattr(sys, "argv", [script, *words]),
+        common.parse_args(module.Args, module.settings, script),
+    )[1]
+    args = parse("--env-id", "cube-triple-play-singletask-task2-v0")
+    assert (args.kl_budget, args.hidden_dims, args.actor_layer_norm, args.chunk_length) == (0.5, (1024,) * 4, True, 5)
+    args = parse("--env-id", "humanoidmaze-medium-navigate-singletask-task1-v0", "--rho", "0.3")
+    assert (args.gamma, args.rho, args.chunk_length, args.sparse_reward) == (0.999, 0.3, 1, False)
+    args = parse("--env-id", "puzzle-3x3-play-singletask-task1-v0", "--no-sparse-reward")
+    assert not args.sparse_reward
+    assert parse("--env-id", "scene-play-singletask-task1-v0").sparse_reward
+    quick = parse("quick", "--bc-steps", "5")
+    assert quick.bc_steps == 5 and quick.env_id == module.QUICK["env_id"] and quick.hidden_dims == module.QUICK["hidden_dims"]
+    assert parse("quick", "--env-id", ENV).env_id == ENV
+    assert parse("--env-id", ENV) == module.Args(env_id=ENV)  # not a known domain: the general defaults
+
+
+def saved(tmp_path, **changes):
+    """A bc_checkpoint.pt for TINY, with something changed."""
+    args = trqam_offline.Args(hidden_dims=(16, 16), chunk_length=4)
+    sizes = dict(domain="pointmaze-medium-navigate", observation_dim=2, action_dim=2, chunk_length=4, hidden_dims=[16, 16])
+    actor = trqam_offline.Agent(2, 8, args).actor_slow.state_dict()
+    torch.save(dict(kind="bc", sizes={**sizes, "actor_layer_norm": False, **changes}, actor_slow=actor), tmp_path / "bc.pt")
+    return tmp_path / "bc.pt"
+
+
+def broken(tmp_path, dataset, **changes):
+    """A copy of the dataset with arrays replaced, or removed (None)."""
+    arrays = {**np.load(dataset), **changes}
+    np.savez(tmp_path / "broken.npz", **{key: array for key, array in arrays.items() if array is not None})
+    return tmp_path / "broken.npz"
+
+
+def not_finite(dataset):
+    observations = np.load(dataset)["observations"]
+    observations[77, 1] = np.nan
+    return observations
+
+
+BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the one line must hold)
+    "unknown environment": (lambda t, d: ["--env-id", "scene-play-singletask-task9-v0"], ["--env-id", "did you mean"]),
+    "environment without a task": (lambda t, d: ["--env-id", "scene-play-v0"], ["--env-id", "did you mean"]),
+    "unknown flag": (lambda t, d: ["--kl-budgett", "1"], ["--kl-budgett", "did you mean --kl-budget"]),
+    "no number": (lambda t, d: ["--kl-budget", "much"], ["--kl-budget", "much"]),
+    "unknown preset": (lambda t, d: ["quickly"], ["quickly", "quick"]),
+    "no dataset": (lambda t, d: ["--dataset-path", t / "none.npz"], ["--dataset-path", "none.npz", "does not exist"]),
+    "empty folder": (lambda t, d: ["--dataset-path", t], ["--dataset-path", "holds no .npz"]),
+    "not npz": (lambda t, d: ["--dataset-path", __file__], ["test_runs.py", "cannot be read"]),
+    "missing key": (lambda t, d: ["--dataset-path", broken(t, d, qpos=None)], ["broken.npz", "has no qpos"]),
+    "wrong dimensions": (
+        lambda t, d: ["--dataset-path", broken(t, d, actions=np.zeros((2002, 5)))],
+        ["broken.npz", "actions", "(2002, 5)", "(2002, 2)"],
+    ),
+    "rows missing": (lambda t, d: ["--dataset-path", broken(t, d, actions=np.zeros((99, 2)))], ["actions", "(99, 2)"]),
+    "pickled": (
+        lambda t, d: ["--dataset-path", broken(t, d, actions=np.array([{}] * 2002, dtype=object))],
+        ["broken.npz", "cannot be read"],
+    ),
+    "not finite": (lambda t, d: ["--dataset-path", broken(t, d, observations=not_finite(d))], ["observations", "finite"]),
+    "shorter than a chunk": (lambda t, d: ["--chunk-length", 2001], ["2000 transitions", "2001"]),
+    "batch too large": (lambda t, d: ["--batch-size", 2001], ["--batch-size 2001", "2000"]),
+    "no oracle": (
+        lambda t, d: ["--env-id", "antmaze-large-navigate-singletask-task1-v0", "--dataset-path", "", "--collect-episodes", 5],
+        ["no oracle", "antmaze-large-navigate-v0.npz", "--dataset-path"],
+    ),
+    "resume what": (lambda t, d: ["--resume"], ["--resume", "--run-dir"]),
+    "nothing to resume": (lambda t, d: ["--resume", "--run-dir", t / "nowhere"], ["--resume", "nowhere", "no run"]),
+    "no checkpoint": (lambda t, d: ["--bc-checkpoint", t / "no.pt"], ["--bc-checkpoint", "no.pt", "does not exist"]),
+    "foreign checkpoint": (lambda t, d: ["--bc-checkpoint", d], ["--bc-checkpoint", "damaged or not a checkpoint"]),
+    "other width": (
+        lambda t, d: ["--bc-checkpoint", saved(t, hidden_dims=[32, 32])],
+        ["--bc-checkpoint", "[32, 32]", "[16, 16]"],
+    ),
+    "other domain": (lambda t, d: ["--bc-checkpoint", saved(t, domain="scene-play")], ["scene-play", "pointmaze-medium"]),
+    "other chunk": (lambda t, d: ["--bc-checkpoint", saved(t, chunk_length=5)], ["chunk_length 5", "chunk_length 4"]),
+    "no budget": (lambda t, d: ["--kl-budget", 0], ["--kl-budget", "greater than 0"]),
+    "budget not a number": (lambda t, d: ["--kl-budget", "nan"], ["--kl-budget", "greater than 0"]),
+    "bracket reversed": (lambda t, d: ["--lambda-min", 3, "--lambda-max", 2], ["--lambda-min", "--lambda-max", "swap"]),
+    "no flow": (lambda t, d: ["--flow-steps", 0], ["--flow-steps", "greater than 0"]),
+    "gamma above 1": (lambda t, d: ["--gamma", 1.1], ["--gamma", "at most 1"]),
+    "no width": (lambda t, d: ["--hidden-dims", 16, 0], ["--hidden-dims", "greater than 0"]),
+    "evaluate what": (lambda t, d: ["--eval-only"], ["--eval-only", "--checkpoint"]),
+    "checkpoint for what": (lambda t, d: ["--checkpoint", d], ["--eval-only", "--checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_input_is_one_line_before_anything_is_written(script, case, dataset, tmp_path, monkeypatch, capfd):
+    flags, words = BAD[case]
+    flags = flags(tmp_path, dataset)
+    before = sorted(tmp_path.rglob("*"))
+    said = start(script, monkeypatch, *TINY, "--dataset-path", dataset, *flags)
+    assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said
+    assert all(word in said for word in words), said
+    assert sorted(tmp_path.rglob("*")) == before
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cuda_that_is_absent_is_refused(script, dataset, monkeypatch):
+    said = start(script, monkeypatch, *TINY, "--dataset-path", dataset, "--device", "cuda")
+    assert "--device cuda" in said and "--device cpu" in said and not list(Path().iterdir())
+
+
+def test_bad_input_ends_a_process_with_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "trqam_offline.py"), "--env-id", "scene-ply-singletask-task1-v0"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.splitlines() == [
+        "error: --env-id: unknown environment 'scene-ply-singletask-task1-v0'; did you mean 'scene-play-singletask-task1-v0'?"
+    ]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, tmp_path, monkeypatch):
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 3, "--bc-steps", 3]
+    assert start(script, monkeypatch, *flags) is None
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert "not empty" in start(script, monkeypatch, *flags)
+    assert "--kl-budget 1.0" in start(script, monkeypatch, *flags, "--resume", "--kl-budget", 2.0)
+    (tmp_path / "other.npz").write_bytes(broken(tmp_path, dataset, qvel=None).read_bytes())
+    assert "not the one" in start(script, monkeypatch, "--run-dir", "run", "--resume", "--dataset-path", "other.npz")
+    whole = Path("run/checkpoint.pt").read_bytes()
+    Path("run/checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    said = start(script, monkeypatch, *flags, "--resume")
+    assert "checkpoint.pt is damaged" in said and "\n" not in said
+    Path("run/checkpoint.pt").write_bytes(whole)
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_leaves_the_last_good_checkpoint(script, dataset, tmp_path, monkeypatch):
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run"]
+    write, saves = common.os.replace, iter(range(1000))
+
+    def full(source, target):
+        if Path(target).name == "checkpoint.pt" and next(saves) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(source, target)
+
+    monkeypatch.setattr(common.os, "replace", full)
+    said = start(script, monkeypatch, *flags)
+    assert "checkpoint.pt could not be written (No space left on device)" in said
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 10  # the second of 5, 10, 12, ...
+    monkeypatch.setattr(common.os, "replace", write)
+    assert start(script, monkeypatch, *flags, "--resume") is None
+    assert not list(Path("run").glob(".*"))
+
+
+@pytest.mark.parametrize("env_id, way_out", [
+    ("scene-play-singletask-task1-v0", "--collect-episodes 1000"),
+    ("antmaze-large-navigate-singletask-task1-v0", "no oracle for it exists"),
+])  # fmt: skip
+def test_a_failed_download_says_how_to_go_on(env_id, way_out, tmp_path, monkeypatch):
+    def unreachable(names, folder):
+        raise urllib.error.URLError("host is down")
+
+    monkeypatch.setattr(common.ogbench, "download_datasets", unreachable)
+    said = start("trqam_offline", monkeypatch, "--env-id", env_id, "--dataset-dir", tmp_path / "data")
+    assert "host is down" in said and way_out in said and "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_finishes_when_nothing_can_be_filmed(dataset, monkeypatch, capsys):
+    monkeypatch.setenv("MUJOCO_GL", "no-such-renderer")
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--capture-video", "--offline-steps", 3, "--bc-steps", 3]
+    assert start("trqam_offline", monkeypatch, *flags) is None
+    said = capsys.readouterr().out
+    assert "no video: " in said and "minutes; curve: " in said
