@@ -681,7 +681,7 @@ def film_episodes(env_id: str, chunk_length: int, episodes: list[tuple[int, np.n
     try:
         import imageio.v3
 
-        env = make_env(env_id, render_mode="rgb_array", width=320, height=320)
+        env = make_env(env_id, render_mode="rgb_array", width=240, height=240)
         folder.mkdir(parents=True, exist_ok=True)
         for number, (seed, chunks) in enumerate(episodes):
             env.reset(seed=seed)

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 import common
 
@@ -138,24 +139,14 @@ DOMAINS = {  # what differs from the defaults above; every flag given on the com
     "humanoidmaze-large-navigate": dict(chunk_length=1, gamma=0.999, rho=0.0),
 }
 QUICK = dict(
-    env_id="cube-single-play-singletask-task2-v0",
-    collect_episodes=100,
-    bc_steps=8_000,
-    offline_steps=12_000,
-    eval_interval=2_000,
-    log_interval=100,
-    checkpoint_interval=1_000,
-    learning_rate=1e-3,
-    gamma=0.98,
-    tau=0.02,
-    hidden_dims=(128,) * 4,
-    num_critics=2,
-    kl_budget=0.5,
-)
+    env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
+    bc_steps=8_000, offline_steps=12_000, eval_interval=3_000, log_interval=100, checkpoint_interval=1_000,
+    batch_size=128, learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
+    kl_budget=0.2,
+)  # fmt: skip
+
 
 # ---------------------------------------------------------------------------------------------------------- networks
-
-
 class VelocityField(nn.Module):
     """v(s, x, t), the flow policy: an MLP on [s, x, t]; tanh-GELU (and LayerNorm, if asked for), output unbounded."""
 
@@ -172,7 +163,7 @@ class VelocityField(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, observation: torch.Tensor, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+    def forward(self, observation: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
         """observation [..., O], x [..., A], t in [0, 1] (a number or [..., 1]) -> velocity [..., A]."""
         t = torch.zeros_like(x[..., :1]) + t  # [..., 1]
         return self.net(torch.cat([observation, x, t], dim=-1))
@@ -188,7 +179,7 @@ class EnsembleLinear(nn.Module):
         for member in self.weight:
             nn.init.xavier_uniform_(member)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -200,7 +191,7 @@ class EnsembleLayerNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(members, 1, width))
         self.bias = nn.Parameter(torch.zeros(members, 1, width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scale + self.bias
 
 
@@ -217,7 +208,7 @@ class Critic(nn.Module):
         self.num_critics = num_critics
         self.net = nn.Sequential(*layers, EnsembleLinear(num_critics, width, 1))
 
-    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """observation [B, O], action chunk [B, A] -> Q [E, B]."""
         x = torch.cat([observation, action], dim=-1)  # [B, O + A]
         return self.net(x.expand(self.num_critics, -1, -1)).squeeze(-1)
@@ -244,36 +235,30 @@ class Agent(nn.Module):
     def trained_parameters(self) -> list[nn.Parameter]:
         return [*self.critic.parameters(), *self.actor_slow.parameters(), *self.actor_fast.parameters()]
 
-    def make_optimizer(self, args: Args) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.trained_parameters(), lr=args.learning_rate, eps=1e-8)
+    def make_optimizer(self, args: Args) -> Optimizer:
+        return Adam(self.trained_parameters(), lr=args.learning_rate, eps=1e-8)
 
 
 # ------------------------------------------------------------------------------------------------- the mathematics
-
-
 class Noise(NamedTuple):
     """All randomness of one update."""
 
-    next_action: torch.Tensor  # [B, A] normal, x_0 of the next action in the critic's target
-    flow_x0: torch.Tensor  # [B, A] normal, x_0 of the behaviour-cloning pairs
-    flow_t: torch.Tensor  # [B, 1] uniform on [0, 1), their times
-    sde_x0: torch.Tensor  # [B, A] normal, x_0 of the memoryless rollout
-    sde: torch.Tensor  # [K, B, A] normal, its increments
+    next_action: Tensor  # [B, A] normal, x_0 of the next action in the critic's target
+    flow_x0: Tensor  # [B, A] normal, x_0 of the behaviour-cloning pairs
+    flow_t: Tensor  # [B, 1] uniform on [0, 1), their times
+    sde_x0: Tensor  # [B, A] normal, x_0 of the memoryless rollout
+    sde: Tensor  # [K, B, A] normal, its increments
 
 
 def draw_noise(batch_size: int, action_dim: int, flow_steps: int, generator: torch.Generator) -> Noise:
     """The noise of one update, from `generator`, on its device."""
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
-    return Noise(
-        next_action=normal(batch_size, action_dim),
-        flow_x0=normal(batch_size, action_dim),
-        flow_t=torch.rand(batch_size, 1, generator=generator, device=generator.device),
-        sde_x0=normal(batch_size, action_dim),
-        sde=normal(flow_steps, batch_size, action_dim),
-    )
+    next_action, flow_x0, sde_x0 = normal(3, batch_size, action_dim)  # [B, A] each
+    flow_t = torch.rand(batch_size, 1, generator=generator, device=generator.device)
+    return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(flow_steps, batch_size, action_dim))
 
 
-def ode_sample(velocity: VelocityField, observation: torch.Tensor, x: torch.Tensor, flow_steps: int) -> torch.Tensor:
+def ode_sample(velocity: VelocityField, observation: Tensor, x: Tensor, flow_steps: int) -> Tensor:
     """(E1) The policy's action: K Euler steps from noise x [B, A] at observation [B, O] -> [B, A] in [-1, 1]."""
     h = 1 / flow_steps
     for k in range(flow_steps):
@@ -281,7 +266,7 @@ def ode_sample(velocity: VelocityField, observation: torch.Tensor, x: torch.Tens
     return x.clamp(-1, 1)
 
 
-def critic_target(agent: Agent, batch: common.Batch, next_action_noise: torch.Tensor, args: Args) -> torch.Tensor:
+def critic_target(agent: Agent, batch: common.Batch, next_action_noise: Tensor, args: Args) -> Tensor:
     """(E2) y = R + gamma^c m Q'(s', a'), with Q' = mean_e Q^e - rho std_e Q^e of the target critic -> [B]."""
     next_action = ode_sample(agent.actor_fast, batch.next_observation, next_action_noise, args.flow_steps)  # [B, A]
     next_q = agent.target_critic(batch.next_observation, next_action)  # [E, B]
@@ -289,30 +274,28 @@ def critic_target(agent: Agent, batch: common.Batch, next_action_noise: torch.Te
     return batch.reward + args.gamma**args.chunk_length * batch.mask * next_q
 
 
-def critic_loss(q: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def critic_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """(E3) L_Q = mean_{e,b} valid (Q^e(s, a) - y)^2, from q [E, B], target [B], valid [B]."""
     return (valid * (q - target) ** 2).mean()
 
 
-def bc_loss(velocity: VelocityField, batch: common.Batch, x0: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def bc_loss(velocity: VelocityField, batch: common.Batch, x0: Tensor, t: Tensor) -> Tensor:
     """(E4) Flow matching: L_BC = mean_b valid mean_A (v(s, (1-t) x0 + t a, t) - (a - x0))^2."""
     x_t = (1 - t) * x0 + t * batch.action  # [B, A]
     error = velocity(batch.observation, x_t, t) - (batch.action - x0)  # [B, A]
     return (batch.valid * (error**2).mean(-1)).mean()
 
 
-def memoryless_g2(t: float | torch.Tensor, h: float) -> float | torch.Tensor:
+def memoryless_g2(t: float | Tensor, h: float) -> float | Tensor:
     """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which the path's end forgets its beginning."""
     return 2 * (1 - t + h) / (t + h)
 
 
 def memoryless_rollout(
-    velocity: VelocityField, base: VelocityField, observation: torch.Tensor, x: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    velocity: VelocityField, base: VelocityField, observation: Tensor, x: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
     """(E6) Paths of the memoryless SDE from x [B, A], with noise [K, B, A] -> x_0 ... x_{K-1} [K, B, A] and x_K [B, A].
-
-    The last step is a noiseless one of the base.
-    """
+    The last step is a noiseless one of the base."""
     h = 1 / len(noise)
     xs = [x]
     for k in range(len(noise) - 1):
@@ -323,12 +306,12 @@ def memoryless_rollout(
     return torch.stack(xs), x + h * base(observation, x, 1 - h)
 
 
-def terminal_adjoint(critic: Critic, observation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def terminal_adjoint(critic: Critic, observation: Tensor, x: Tensor) -> Tensor:
     """(E7) a_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A]."""
     return -torch.func.grad(lambda x: critic(observation, x.clamp(-1, 1)).mean(0).sum())(x)
 
 
-def lean_adjoint(base: VelocityField, observation: torch.Tensor, xs: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+def lean_adjoint(base: VelocityField, observation: Tensor, xs: Tensor, a: Tensor) -> Tensor:
     """(E8) a_k = a_{k+1} + h (db_k/dx)^T a_{k+1}, b_k(x) = 2 v_base(s, x, t_k + h) - x / (t_k + h), backwards from
     a = a_K [B, A] along xs [K, B, A] -> a_0 ... a_{K-1} [K, B, A]. Only the base's Jacobian enters: hence "lean"."""
     h = 1 / len(xs)
@@ -341,14 +324,12 @@ def lean_adjoint(base: VelocityField, observation: torch.Tensor, xs: torch.Tenso
     return torch.stack(adjoints[::-1])
 
 
-def flow_times(paths: torch.Tensor) -> torch.Tensor:
+def flow_times(paths: Tensor) -> Tensor:
     """t_k = k h for paths [K, B, A] -> [K, 1, 1]."""
     return torch.arange(len(paths), dtype=paths.dtype, device=paths.device)[:, None, None] / len(paths)
 
 
-def velocity_difference(
-    velocity: VelocityField, base: VelocityField, observation: torch.Tensor, xs: torch.Tensor
-) -> torch.Tensor:
+def velocity_difference(velocity: VelocityField, base: VelocityField, observation: Tensor, xs: Tensor) -> Tensor:
     """(E9) Delta_k = v_fast(s, x_k, t_k) - v_base(s, x_k, t_k) on paths xs [K, B, A]; gradient through v_fast alone."""
     observation = observation.expand(len(xs), -1, -1)  # [K, B, O]
     with torch.no_grad():
@@ -356,27 +337,27 @@ def velocity_difference(
     return velocity(observation, xs, flow_times(xs)) - base_velocity
 
 
-def adjoint_matching_loss(delta: torch.Tensor, adjoints: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+def adjoint_matching_loss(delta: Tensor, adjoints: Tensor, temperature: Tensor) -> Tensor:
     """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k a_k||^2, sigma_k = g_k / sqrt(temperature), from
     delta and adjoints [K, B, A]. Its minimum is Delta_k = -g_k^2 a_k / (2 temperature)."""
     sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
     return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
 
 
-def path_kl(delta: torch.Tensor, chunk_length: int) -> torch.Tensor:
+def path_kl(delta: Tensor, chunk_length: int) -> Tensor:
     """(E11) Theorem 1, discretised: KL = (1/c) mean_b sum_k (2h / g_k^2) ||Delta_k||^2, in nats per action."""
     h = 1 / len(delta)
     return (2 * h / memoryless_g2(flow_times(delta), h) * delta**2).sum(dim=(0, 2)).mean() / chunk_length
 
 
-def closed_form_kl(adjoints: torch.Tensor, temperature: torch.Tensor, chunk_length: int) -> torch.Tensor:
+def closed_form_kl(adjoints: Tensor, temperature: Tensor, chunk_length: int) -> Tensor:
     """(E11) at the minimum of (E10): KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||a_k||^2 / (2 temperature^2)."""
     h = 1 / len(adjoints)
     cost = (h * memoryless_g2(flow_times(adjoints), h) * adjoints**2).sum(dim=(0, 2)).mean()
     return cost / (2 * temperature**2) / chunk_length
 
 
-def dual_descent(agent: Agent, kl: torch.Tensor, args: Args):
+def dual_descent(agent: Agent, kl: Tensor, args: Args):
     """(E12) D <- (1 - k) D + k min(KL, clip epsilon); lambda <- clip(lambda + eta (D - epsilon)), on the device."""
     agent.kl_ema.lerp_(kl.clamp(max=args.kl_clip_coef * args.kl_budget), args.kl_ema_coef)
     agent.lam.add_(args.eta_lambda * (agent.kl_ema - args.kl_budget)).clamp_(args.lambda_min, args.lambda_max)
@@ -389,11 +370,7 @@ def update_targets(agent: Agent, tau: float):
 
 
 # ------------------------------------------------------------------------------------------------------ one update
-
-
-def bc_update(
-    agent: Agent, optimizer: torch.optim.Optimizer, batch: common.Batch, noise: Noise, args: Args
-) -> dict[str, torch.Tensor]:
+def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args) -> dict[str, Tensor]:
     """One update of the behaviour-cloning stage: (E4) alone, on actor_slow."""
     loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
     optimizer.zero_grad()
@@ -403,9 +380,7 @@ def bc_update(
     return {"losses/bc_loss": loss_bc.detach(), "losses/grad_norm": grad_norm}
 
 
-def update(
-    agent: Agent, optimizer: torch.optim.Optimizer, batch: common.Batch, noise: Noise, args: Args
-) -> dict[str, torch.Tensor]:
+def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args) -> dict[str, Tensor]:
     """One TRQAM update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
 
     Returns its statistics, named as in TensorBoard: scalars on the device, to be read only when they are logged.
@@ -441,7 +416,6 @@ def update(
         "losses/q_mean": q.detach().mean(),
         "losses/q_min": q.detach().min(),
         "losses/q_max": q.detach().max(),
-        "losses/q_std": q.detach().std(0, correction=0).mean(),
         "losses/target_q_mean": target.mean(),
         "losses/adjoint_abs_mean": adjoint.abs().mean(),
         "losses/adjoint_abs_std": adjoint.abs().std(correction=0),
@@ -455,22 +429,17 @@ def update(
 
 
 # ---------------------------------------------------------------------------------------------------------- acting
-
-
 @torch.no_grad()
-def act(agent: Agent, observation: torch.Tensor, noise: torch.Tensor, args: Args) -> torch.Tensor:
+def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
     """Action chunks [n, A] at observation [n, O], from noise [n, N, A]: of N samples the one of highest mean Q."""
     n, samples, action_dim = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n*N, O]
     action = ode_sample(agent.actor_fast, observation, noise.flatten(0, 1), args.flow_steps)  # [n*N, A]
-    if samples == 1:
-        return action
     best = agent.critic(observation, action).mean(0).view(n, samples).argmax(1)  # [n]
     return action.view(n, samples, action_dim)[torch.arange(n, device=best.device), best]
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-
 SCRIPT = "trqam_offline"
 
 
@@ -484,9 +453,8 @@ def main(args: Args):
     common.check_settings(args)
     device = common.choose_device(args.device, args.num_threads)
     observation_dim, action_dim = common.environment_sizes(args.env_id)
-    sizes = dict(domain=common.domain_of(args.env_id), observation_dim=observation_dim, action_dim=action_dim,
-                 chunk_length=args.chunk_length, hidden_dims=list(args.hidden_dims),
-                 actor_layer_norm=args.actor_layer_norm)  # fmt: skip
+    sizes = dict(domain=common.domain_of(args.env_id), observation_dim=observation_dim, action_dim=action_dim)
+    sizes |= {name: getattr(args, name) for name in ("chunk_length", "hidden_dims", "actor_layer_norm")}
     torch.manual_seed(args.seed)
     agent = Agent(observation_dim, args.chunk_length * action_dim, args).to(device)
     optimizer = agent.make_optimizer(args)

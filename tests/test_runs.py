@@ -168,7 +168,7 @@ def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
 def saved(tmp_path, **changes):
     """A bc_checkpoint.pt for TINY, with something changed."""
     args = trqam_offline.Args(hidden_dims=(16, 16), chunk_length=4)
-    sizes = dict(domain="pointmaze-medium-navigate", observation_dim=2, action_dim=2, chunk_length=4, hidden_dims=[16, 16])
+    sizes = dict(domain="pointmaze-medium-navigate", observation_dim=2, action_dim=2, chunk_length=4, hidden_dims=(16, 16))
     actor = trqam_offline.Agent(2, 8, args).actor_slow.state_dict()
     torch.save(dict(kind="bc", sizes={**sizes, "actor_layer_norm": False, **changes}, actor_slow=actor), tmp_path / "bc.pt")
     return tmp_path / "bc.pt"
@@ -218,8 +218,8 @@ BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the 
     "no checkpoint": (lambda t, d: ["--bc-checkpoint", t / "no.pt"], ["--bc-checkpoint", "no.pt", "does not exist"]),
     "foreign checkpoint": (lambda t, d: ["--bc-checkpoint", d], ["--bc-checkpoint", "damaged or not a checkpoint"]),
     "other width": (
-        lambda t, d: ["--bc-checkpoint", saved(t, hidden_dims=[32, 32])],
-        ["--bc-checkpoint", "[32, 32]", "[16, 16]"],
+        lambda t, d: ["--bc-checkpoint", saved(t, hidden_dims=(32, 32))],
+        ["--bc-checkpoint", "(32, 32)", "(16, 16)"],
     ),
     "other domain": (lambda t, d: ["--bc-checkpoint", saved(t, domain="scene-play")], ["scene-play", "pointmaze-medium"]),
     "other chunk": (lambda t, d: ["--bc-checkpoint", saved(t, chunk_length=5)], ["chunk_length 5", "chunk_length 4"]),
