@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -328,6 +329,7 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
 
 def write_episode(dataset_name: str, seed: int, split: str, index: int, path: Path):
     """Collect one episode into its file (in a worker process)."""
+    leave_interrupts_to_the_parent()
     write_npz(path, collect_episode(dataset_name, seed, split, index))
 
 
@@ -579,6 +581,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
 
 
 def make_chunked_env(env_id: str, chunk_length: int) -> gymnasium.Env:
+    leave_interrupts_to_the_parent()
     return ChunkedEpisode(make_env(env_id), chunk_length)
 
 
@@ -714,6 +717,12 @@ def process_context() -> multiprocessing.context.BaseContext:
     return context
 
 
+def leave_interrupts_to_the_parent():
+    """Ctrl-C reaches all processes at once; in a worker it would only print a traceback."""
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def version_of(package: str) -> str:
     return importlib.metadata.version(package)
 
@@ -766,8 +775,9 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
     if found != kind:
         raise UserError(f"{flag}: {path} is a {found or 'foreign'} checkpoint, but one of {kind} is needed here")
     for key, value in (sizes or {}).items():
-        if checkpoint["sizes"].get(key) != value:
-            raise UserError(f"{flag}: {path} has {key} {checkpoint['sizes'].get(key)}, but this run has {key} {value}")
+        found = checkpoint.get("sizes", {}).get(key)
+        if found != value:
+            raise UserError(f"{flag}: {path} has {key} {found}, but this run has {key} {value}")
     return checkpoint
 
 
@@ -794,34 +804,11 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-POSITIVE = {
-    "batch_size",
-    "chunk_length",
-    "num_critics",
-    "flow_steps",
-    "best_of_n",
-    "eval_interval",
-    "eval_episodes",
-    "log_interval",
-    "checkpoint_interval",
-    "learning_rate",
-    "max_grad_norm",
-    "kl_budget",
-    "lam_scale",
-    "lambda_min",
-    "kl_clip_coef",
-    "hidden_dims",
-}
-NOT_NEGATIVE = {
-    "seed",
-    "num_threads",
-    "collect_episodes",
-    "collect_seed",
-    "bc_steps",
-    "offline_steps",
-    "rho",
-    "eta_lambda",
-}
+POSITIVE = set(
+    "batch_size chunk_length num_critics flow_steps best_of_n hidden_dims learning_rate max_grad_norm kl_budget lam_scale "
+    "lambda_min kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval".split()
+)
+NOT_NEGATIVE = set("seed num_threads collect_episodes collect_seed bc_steps offline_steps rho eta_lambda".split())
 FRACTION = {"gamma", "tau", "kl_ema_coef"}
 
 
@@ -857,17 +844,9 @@ def quiet_cli(args_class: type, default: Any) -> Any:
     raise UserError(" ".join(lines[: rules[0]]) + hint + f" (see {Path(sys.argv[0]).name} --help)")
 
 
-RESUME_MAY_CHANGE = {
-    "run_dir",
-    "dataset_path",
-    "resume",
-    "device",
-    "num_threads",
-    "dataset_dir",
-    "offline_steps",
-    "capture_video",
-    "track",
-}
+RESUME_MAY_CHANGE = set(
+    "run_dir resume dataset_path dataset_dir offline_steps device num_threads capture_video track".split()
+)
 
 
 def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], script: str) -> Any:
@@ -1203,7 +1182,7 @@ class Run:
             label = "behaviour cloning" if row["stage"] == "bc" else f"{row['stage']} {int(row['step']):,}"
             score = f"{float(row['success']):.2f} ± {float(row['success_stderr']):.2f}"
             print(f"{label:24}{score:>16}{float(row['return']):>10.1f}{float(row['length']):>9.1f}")
-        newest = self.rows["train.csv"][-1]
+        newest = self.rows["train.csv"][-1] if self.rows["train.csv"] else {}
         if newest.get("trust_region/path_kl_ema"):
             kl, budget, lam = (float(newest[f"trust_region/{key}"]) for key in ("path_kl_ema", "kl_budget", "lambda"))
             print(f"path KL {kl:.3f} (average) against a budget of {budget:.3f}; lambda {lam:.3f}")
