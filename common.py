@@ -282,7 +282,7 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run that wants the same data waits for it here
-        if path.with_suffix(".json").exists():
+        if path.with_suffix(".json").exists() and path.exists():
             return path
         partial.mkdir(exist_ok=True)
         jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
@@ -513,7 +513,12 @@ def load_dataset(
     sidecar = files[0].with_suffix(".json")
     if len(files) == 1 and sidecar.exists():  # written by collect_dataset
         made = json.loads(sidecar.read_text())
-        if made.get("sha256") == hashes[0]:
+        if made.get("sha256") != hashes[0]:
+            if not dataset_path:
+                raise UserError(
+                    f"{files[0]} is not the file that was collected (its hash changed): remove it to collect it again"
+                )
+        else:
             info = {
                 key: made[key]
                 for key in ("origin", "dataset", "episodes", "collect_seed", "recipe", "ogbench", "mujoco")
@@ -805,8 +810,8 @@ def flag_of(field: str) -> str:
 
 
 POSITIVE = set(
-    "batch_size chunk_length num_critics flow_steps best_of_n hidden_dims learning_rate max_grad_norm kl_budget lam_scale "
-    "lambda_min kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval".split()
+    "batch_size chunk_length num_critics flow_steps best_of_n hidden_dims learning_rate max_grad_norm kl_budget "
+    "lam_scale lambda_min kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval".split()
 )
 NOT_NEGATIVE = set("seed num_threads collect_episodes collect_seed bc_steps offline_steps rho eta_lambda".split())
 FRACTION = {"gamma", "tau", "kl_ema_coef"}
@@ -847,6 +852,9 @@ def quiet_cli(args_class: type, default: Any) -> Any:
 RESUME_MAY_CHANGE = set(
     "run_dir resume dataset_path dataset_dir offline_steps device num_threads capture_video track".split()
 )
+EVALUATION_MAY_CHANGE = set(
+    "eval_only checkpoint eval_episodes seed best_of_n device num_threads capture_video run_dir resume".split()
+)
 
 
 def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], script: str) -> Any:
@@ -861,7 +869,7 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
     if bool(args.checkpoint) != args.eval_only:
         raise UserError("--eval-only and --checkpoint go together: the one evaluates the other's policy")
     if args.resume:
-        config = Path(args.run_dir) / "config.json"
+        config = Path(args.run_dir).expanduser() / "config.json"
         if not config.exists():
             raise UserError(
                 f"--resume: {args.run_dir} holds no run (no config.json); leave out --resume to start one there"
@@ -869,26 +877,26 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
         stored = json.loads(config.read_text())
         if stored["script"] != script:
             raise UserError(f"--resume: the run in {args.run_dir} is one of {stored['script']}.py, not of {script}.py")
-        base = args_class(**restore_tuples(stored["args"]))
-        args = quiet_cli(args_class, base)
-        for key, value in dataclasses.asdict(base).items():
-            if key not in RESUME_MAY_CHANGE and getattr(args, key) != value:
-                raise UserError(
-                    f"--resume: the run in {args.run_dir} has {flag_of(key)} {value}, which {getattr(args, key)} "
-                    "cannot replace; start a new run for that"
-                )
-        return args
+        return override(args_class, stored["args"], RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
     if args.eval_only:
         stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]
-        return quiet_cli(args_class, args_class(**restore_tuples(stored)))
+        return override(args_class, stored, EVALUATION_MAY_CHANGE, f"--checkpoint: {args.checkpoint}")
     for _ in range(2):  # the preset decides the environment, the environment its domain's settings
         args = quiet_cli(args_class, args_class(**settings(args)))
     split_env_id(args.env_id)
     return args
 
 
-def restore_tuples(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+def override(args_class: type, stored: dict[str, Any], may_change: set[str], whose: str) -> Any:
+    """Stored settings with the command line's on top. Raises UserError for one that may not change."""
+    base = args_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    args = quiet_cli(args_class, base)
+    for key, value in dataclasses.asdict(base).items():
+        if key not in may_change and getattr(args, key) != value:
+            raise UserError(
+                f"{whose} has {flag_of(key)} {value}, which {getattr(args, key)} cannot replace; leave that flag out"
+            )
+    return args
 
 
 def run_script(main: Callable[[Any], None], args_class: type, settings: Callable[[Any], dict[str, Any]], script: str):
@@ -911,6 +919,7 @@ class Run:
         script: name of the program, without `.py`.
         args: its settings.
         sizes: domain and sizes of its networks, by which its checkpoints are told from others.
+        device: where it trains.
 
     Raises UserError where the folder already holds files and args.resume is not set.
 
@@ -918,8 +927,8 @@ class Run:
         path: the folder. checkpoint: what `save` wrote last, when resuming, else None.
     """
 
-    def __init__(self, script: str, args: Any, sizes: dict[str, Any]):
-        self.script, self.args, self.sizes = script, args, sizes
+    def __init__(self, script: str, args: Any, sizes: dict[str, Any], device: torch.device):
+        self.script, self.args, self.sizes, self.device = script, args, sizes, device
         name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(args.run_dir or Path("runs") / name).expanduser()
         if self.path.exists() and not args.resume:
@@ -931,6 +940,9 @@ class Run:
             raise UserError("--track needs Weights & Biases: pip install wandb")
         newest = self.path / "checkpoint.pt"
         self.checkpoint = load_checkpoint(newest, script, "--resume") if args.resume and newest.exists() else None
+        if self.checkpoint and self.checkpoint["device"] != device.type:
+            there = self.checkpoint["device"]
+            raise UserError(f"--resume: the run began on {there}, and only there goes on exactly; use --device {there}")
         self.evaluator = self.writer = self.bar = None
         self.config = {}
         self.started = time.perf_counter()
@@ -972,10 +984,10 @@ class Run:
         )
         config = self.path / "config.json"
         settings = dataclasses.asdict(self.args)
+        done = self.checkpoint["step"] if self.checkpoint else 0
         if config.exists():
             self.config = json.loads(config.read_text())
-            resumed = dict(step=self.checkpoint["step"] if self.checkpoint else 0, **sitting)
-            self.record(args=settings, resumed=[*self.config.get("resumed", []), resumed])
+            self.record(args=settings, resumed=[*self.config.get("resumed", []), dict(step=done, **sitting)])
         else:
             self.record(script=self.script, args=settings, dataset=None, **sitting)
 
@@ -991,7 +1003,7 @@ class Run:
             wandb.init(project="trqam", name=self.path.name, config=settings, sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(self.path), purge_step=self.checkpoint["step"] + 1 if self.checkpoint else None)
+        self.writer = SummaryWriter(str(self.path), purge_step=done + 1 if self.args.resume else None)
         if not self.checkpoint:
             table = "\n".join(f"|{key}|{value}|" for key, value in settings.items())
             self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
@@ -1001,7 +1013,7 @@ class Run:
         self.config |= facts
         write_atomically(self.path / "config.json", json.dumps(self.config, indent=1).encode())
 
-    def load_dataset(self, device: torch.device) -> ChunkDataset:
+    def load_dataset(self) -> ChunkDataset:
         """`load_dataset` with this run's settings; its origin goes into config.json, and both are printed."""
         args = self.args
         if args.collect_episodes and not args.dataset_path:
@@ -1012,7 +1024,7 @@ class Run:
             chunk_length=args.chunk_length,
             gamma=args.gamma,
             sparse=args.sparse_reward,
-            device=device,
+            device=self.device,
             dataset_path=args.dataset_path,
             dataset_dir=args.dataset_dir,
             collect_episodes=args.collect_episodes,
@@ -1020,8 +1032,11 @@ class Run:
         )
         if args.batch_size > dataset.size:
             raise UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
-        if self.checkpoint and self.checkpoint["dataset"]["sha256"] != origin["sha256"]:
-            raise UserError(f"--resume: the dataset is not the one this run began with ({describe_dataset(origin)})")
+        began = self.checkpoint["dataset"] if self.checkpoint else origin
+        if began["sha256"] != origin["sha256"]:
+            raise UserError(
+                f"--resume: the run began on {describe_dataset(began)}, and this is {describe_dataset(origin)}"
+            )
         self.open()
         self.record(dataset=origin)
         print(f"run: {self.path}")
@@ -1032,7 +1047,9 @@ class Run:
         return dataset
 
     def announce(self, stage: str, steps: int, one_update: Callable[[], dict[str, torch.Tensor]]):
-        """Time a few updates and print how long `steps` of them will take."""
+        """Time a few updates and print how long the `steps` that are left will take."""
+        if steps <= 0:
+            return
         for _ in range(4):  # the last one counts
             start = time.perf_counter()
             float(next(iter(one_update().values())))  # reading a statistic waits for the device
@@ -1068,9 +1085,7 @@ class Run:
         """Evaluate a policy (see `Evaluator`), write a row of eval.csv and redraw the learning curve."""
         paused = time.perf_counter()
         if self.evaluator is None:
-            self.evaluator = Evaluator(
-                self.args.env_id, self.args.chunk_length, self.args.eval_episodes, self.args.seed
-            )
+            self.start_evaluator()
         scores = self.evaluator.evaluate(policy, self.args.best_of_n)
         self.append("eval.csv", {"stage": stage, "step": step, **{key: scores[key] for key in EVAL_COLUMNS[2:]}})
         for key, value in scores.items():
@@ -1081,6 +1096,10 @@ class Run:
         self.draw()
         self.last_log += time.perf_counter() - paused  # updates per second leave evaluations out
         return scores
+
+    def start_evaluator(self):
+        args = self.args
+        self.evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed)
 
     def append(self, name: str, row: dict[str, Any]):
         """Add a row to a table; a column it has not had before is added to the earlier rows too, empty."""
@@ -1111,6 +1130,7 @@ class Run:
                 sizes=self.sizes,
                 args=json.loads(json.dumps(dataclasses.asdict(self.args))),
                 step=self.step,
+                device=self.device.type,
                 rows=rows,
                 seconds=self.elapsed(),
                 dataset=self.config["dataset"],
@@ -1170,10 +1190,13 @@ class Run:
         figure.savefig(buffer, format="png", dpi=110)
         write_atomically(self.path / "learning_curve.png", buffer.getvalue())
 
-    def finish(self):
+    def finish(self, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         """Film the last evaluation, if asked for, and print what the run came to."""
         self.bar.close()
         if self.args.capture_video:
+            if self.evaluator is None:  # resumed after its last evaluation
+                self.start_evaluator()
+                self.evaluator.evaluate(policy, self.args.best_of_n)
             self.evaluator.film(self.path / "videos")
         print(f"\n{self.args.env_id}, seed {self.args.seed}; {describe_dataset(self.config['dataset'])}")
         print(f"{'':24}{'success':>16}{'return':>10}{'length':>9}")

@@ -1,8 +1,8 @@
 """TRQAM, Trust Region Q Adjoint Matching, offline: the whole algorithm, in this one file.
 
 A flow policy is a velocity field v(s, x, t) that carries noise x at t = 0 to an action at t = 1. It is pretrained by
-behaviour cloning; that policy is the prior. TRQAM fine-tunes a copy of it towards actions of higher Q without leaving
-what the prior knows:
+behaviour cloning, and goes on being cloned: that is the prior. TRQAM fine-tunes a copy of it towards actions of higher
+Q without leaving what the prior knows:
 
 1. roll the copy out as a memoryless SDE, from noise to an action                                memoryless_rollout
 2. carry the critic's action gradient back along that path, through the *prior's* drift alone    lean_adjoint
@@ -11,7 +11,7 @@ what the prior knows:
 5. move the temperature lambda so that this KL stays at its budget                               dual_descent
 
     python trqam_offline.py quick                                       # a small task on a laptop, within 15 minutes
-    python trqam_offline.py --env-id scene-play-singletask-task1-v0     # published sizes: for a GPU
+    python trqam_offline.py --env-id scene-play-singletask-task1-v0     # full size: for a GPU
     python trqam_offline.py --eval-only --checkpoint runs/NAME/checkpoint.pt
 
 Papers: TRQAM, Dong et al., 2026, arXiv 2605.27079; QAM, Li and Levine, 2026, arXiv 2601.14234; Adjoint Matching,
@@ -22,6 +22,7 @@ Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run file
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -38,7 +39,7 @@ import common
 @dataclass
 class Args:
     preset: tyro.conf.Positional[Literal["full", "quick"]] = "full"
-    """`full`: the published settings of the environment's domain; `quick`: a small task and network for a laptop"""
+    """`full`: full size, with the settings of the environment's domain; `quick`: a small task and network"""
     env_id: str = "scene-play-singletask-task1-v0"
     """OGBench single-task environment, with the dataset's type in its name"""
     seed: int = 0
@@ -169,49 +170,30 @@ class VelocityField(nn.Module):
         return self.net(torch.cat([observation, x, t], dim=-1))
 
 
-class EnsembleLinear(nn.Module):
-    """E linear layers as one batched product: x [E, B, in] -> [E, B, out]."""
-
-    def __init__(self, members: int, width_in: int, width_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(members, width_in, width_out))
-        self.bias = nn.Parameter(torch.zeros(members, 1, width_out))
-        for member in self.weight:
-            nn.init.xavier_uniform_(member)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
-class EnsembleLayerNorm(nn.Module):
-    """LayerNorm with an affine part of its own for each of E members: x [E, B, width] -> [E, B, width]."""
-
-    def __init__(self, members: int, width: int):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(members, 1, width))
-        self.bias = nn.Parameter(torch.zeros(members, 1, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scale + self.bias
-
-
 class Critic(nn.Module):
-    """Q^e(s, a) for e = 1 ... E: independent MLPs on [s, a], tanh-GELU then LayerNorm."""
+    """Q^e(s, a) for e = 1 ... E: independent MLPs on [s, a], tanh-GELU then LayerNorm, with their weights stacked."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], num_critics: int):
         super().__init__()
-        layers, width = [], observation_dim + action_dim
-        for hidden_dim in hidden_dims:
-            layers += [EnsembleLinear(num_critics, width, hidden_dim), nn.GELU(approximate="tanh")]
-            layers += [EnsembleLayerNorm(num_critics, hidden_dim)]
-            width = hidden_dim
         self.num_critics = num_critics
-        self.net = nn.Sequential(*layers, EnsembleLinear(num_critics, width, 1))
+        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        kernels = [torch.empty(num_critics, *in_out) for in_out in itertools.pairwise(widths)]
+        for kernel in kernels:
+            for member in kernel:
+                nn.init.xavier_uniform_(member)
+        self.kernels = nn.ParameterList(kernels)  # [E, in, out] each
+        self.biases = nn.ParameterList(torch.zeros(num_critics, 1, width) for width in widths[1:])
+        self.norm_scales = nn.ParameterList(torch.ones(num_critics, 1, width) for width in hidden_dims)
+        self.norm_biases = nn.ParameterList(torch.zeros(num_critics, 1, width) for width in hidden_dims)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """observation [B, O], action chunk [B, A] -> Q [E, B]."""
-        x = torch.cat([observation, action], dim=-1)  # [B, O + A]
-        return self.net(x.expand(self.num_critics, -1, -1)).squeeze(-1)
+        x = torch.cat([observation, action], dim=-1).expand(self.num_critics, -1, -1)  # [E, B, O + A]
+        *hidden, (last_kernel, last_bias) = zip(self.kernels, self.biases)
+        for (kernel, bias), norm_scale, norm_bias in zip(hidden, self.norm_scales, self.norm_biases):
+            x = F.gelu(torch.baddbmm(bias, x, kernel), approximate="tanh")  # [E, B, width]
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * norm_scale + norm_bias
+        return torch.baddbmm(last_bias, x, last_kernel).squeeze(-1)
 
 
 class Agent(nn.Module):
@@ -221,19 +203,20 @@ class Agent(nn.Module):
         super().__init__()
         self.critic = Critic(observation_dim, action_dim, args.hidden_dims, args.num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        # v_slow, cloned all along; v_base, its moving average: the prior; v_fast, the fine-tuned policy: what acts
         self.actor_slow = VelocityField(observation_dim, action_dim, args.hidden_dims, args.actor_layer_norm)
-        self.target_actor_slow = copy.deepcopy(self.actor_slow).requires_grad_(False)  # v_base, the prior
-        self.actor_fast = copy.deepcopy(self.actor_slow)  # the fine-tuned policy: what acts
+        self.target_actor_slow = copy.deepcopy(self.actor_slow).requires_grad_(False)
+        self.actor_fast = copy.deepcopy(self.actor_slow)
         self.register_buffer("lam", torch.tensor(1.0))  # lambda
         self.register_buffer("kl_ema", torch.tensor(0.0))  # D
 
-    def start_from_prior(self):
-        """The fine-tuned policy and the base policy both begin as the behaviour-cloned one."""
-        self.target_actor_slow.load_state_dict(self.actor_slow.state_dict())
-        self.actor_fast.load_state_dict(self.actor_slow.state_dict())
-
     def trained_parameters(self) -> list[nn.Parameter]:
         return [*self.critic.parameters(), *self.actor_slow.parameters(), *self.actor_fast.parameters()]
+
+    def start_from_clone(self):
+        """The base and the fine-tuned policy begin as the behaviour-cloned one."""
+        self.target_actor_slow.load_state_dict(self.actor_slow.state_dict())
+        self.actor_fast.load_state_dict(self.actor_slow.state_dict())
 
     def make_optimizer(self, args: Args) -> Optimizer:
         return Adam(self.trained_parameters(), lr=args.learning_rate, eps=1e-8)
@@ -247,7 +230,7 @@ class Noise(NamedTuple):
     flow_x0: Tensor  # [B, A] normal, x_0 of the behaviour-cloning pairs
     flow_t: Tensor  # [B, 1] uniform on [0, 1), their times
     sde_x0: Tensor  # [B, A] normal, x_0 of the memoryless rollout
-    sde: Tensor  # [K, B, A] normal, its increments
+    sde: Tensor  # [K, B, A] normal, its increments (the last is not used: that step has no noise)
 
 
 def draw_noise(batch_size: int, action_dim: int, flow_steps: int, generator: torch.Generator) -> Noise:
@@ -287,7 +270,8 @@ def bc_loss(velocity: VelocityField, batch: common.Batch, x0: Tensor, t: Tensor)
 
 
 def memoryless_g2(t: float | Tensor, h: float) -> float | Tensor:
-    """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which the path's end forgets its beginning."""
+    """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which a path's end forgets its beginning. In continuous
+    time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0 and positive at the last step."""
     return 2 * (1 - t + h) / (t + h)
 
 
@@ -307,20 +291,21 @@ def memoryless_rollout(
 
 
 def terminal_adjoint(critic: Critic, observation: Tensor, x: Tensor) -> Tensor:
-    """(E7) a_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A]."""
+    """(E7) adjoint_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A]. Not pessimistic."""
     return -torch.func.grad(lambda x: critic(observation, x.clamp(-1, 1)).mean(0).sum())(x)
 
 
-def lean_adjoint(base: VelocityField, observation: Tensor, xs: Tensor, a: Tensor) -> Tensor:
-    """(E8) a_k = a_{k+1} + h (db_k/dx)^T a_{k+1}, b_k(x) = 2 v_base(s, x, t_k + h) - x / (t_k + h), backwards from
-    a = a_K [B, A] along xs [K, B, A] -> a_0 ... a_{K-1} [K, B, A]. Only the base's Jacobian enters: hence "lean"."""
+def lean_adjoint(base: VelocityField, observation: Tensor, xs: Tensor, adjoint: Tensor) -> Tensor:
+    """(E8) adjoint_k = adjoint_{k+1} + h (db_k/dx)^T adjoint_{k+1}, b_k(x) = 2 v_base(s, x, t_k + h) - x / (t_k + h),
+    backwards from adjoint_K [B, A] along xs [K, B, A] -> k = 0 ... K-1 [K, B, A]. "Lean": only the base's Jacobian
+    enters. The base is taken at t_k + h, not at t_k, and at k = K-1 as if that step had noise, as the authors do."""
     h = 1 / len(xs)
     adjoints = []
     for k in reversed(range(len(xs))):
         t_next = (k + 1) * h
         _, vjp = torch.func.vjp(lambda x: base(observation, x, t_next), xs[k])
-        a = a + h * (2 * vjp(a)[0] - a / t_next)
-        adjoints.append(a)
+        adjoint = adjoint + h * (2 * vjp(adjoint)[0] - adjoint / t_next)
+        adjoints.append(adjoint)
     return torch.stack(adjoints[::-1])
 
 
@@ -338,8 +323,8 @@ def velocity_difference(velocity: VelocityField, base: VelocityField, observatio
 
 
 def adjoint_matching_loss(delta: Tensor, adjoints: Tensor, temperature: Tensor) -> Tensor:
-    """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k a_k||^2, sigma_k = g_k / sqrt(temperature), from
-    delta and adjoints [K, B, A]. Its minimum is Delta_k = -g_k^2 a_k / (2 temperature)."""
+    """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k adjoint_k||^2, sigma_k = g_k / sqrt(temperature),
+    from delta and adjoints [K, B, A]. Its minimum is Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
     sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
     return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
 
@@ -351,14 +336,14 @@ def path_kl(delta: Tensor, chunk_length: int) -> Tensor:
 
 
 def closed_form_kl(adjoints: Tensor, temperature: Tensor, chunk_length: int) -> Tensor:
-    """(E11) at the minimum of (E10): KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||a_k||^2 / (2 temperature^2)."""
+    """(E11) at the minimum of (E10): KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||adjoint_k||^2 / (2 temperature^2)."""
     h = 1 / len(adjoints)
     cost = (h * memoryless_g2(flow_times(adjoints), h) * adjoints**2).sum(dim=(0, 2)).mean()
     return cost / (2 * temperature**2) / chunk_length
 
 
 def dual_descent(agent: Agent, kl: Tensor, args: Args):
-    """(E12) D <- (1 - k) D + k min(KL, clip epsilon); lambda <- clip(lambda + eta (D - epsilon)), on the device."""
+    """(E12) D <- (1 - kappa) D + kappa min(KL, clip epsilon); lambda <- clip(lambda + eta (D - epsilon)), in place."""
     agent.kl_ema.lerp_(kl.clamp(max=args.kl_clip_coef * args.kl_budget), args.kl_ema_coef)
     agent.lam.add_(args.eta_lambda * (agent.kl_ema - args.kl_budget)).clamp_(args.lambda_min, args.lambda_max)
 
@@ -366,7 +351,8 @@ def dual_descent(agent: Agent, kl: Tensor, args: Args):
 def update_targets(agent: Agent, tau: float):
     """target <- (1 - tau) target + tau online."""
     for target, online in ((agent.target_critic, agent.critic), (agent.target_actor_slow, agent.actor_slow)):
-        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+        for target_parameter, parameter in zip(target.parameters(), online.parameters()):
+            target_parameter.lerp_(parameter, tau)
 
 
 # ------------------------------------------------------------------------------------------------------ one update
@@ -390,8 +376,8 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     with torch.no_grad():
         target = critic_target(agent, batch, noise.next_action, args)  # [B]
         xs, x_final = memoryless_rollout(agent.actor_fast, agent.target_actor_slow, s, noise.sde_x0, noise.sde)
-        adjoint = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]
-        adjoints = lean_adjoint(agent.target_actor_slow, s, xs, adjoint)  # [K, B, A]
+        terminal = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]
+        adjoints = lean_adjoint(agent.target_actor_slow, s, xs, terminal)  # [K, B, A]
 
     q = agent.critic(s, batch.action)  # [E, B]
     delta = velocity_difference(agent.actor_fast, agent.target_actor_slow, s, xs)  # [K, B, A]
@@ -417,9 +403,9 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
         "losses/q_min": q.detach().min(),
         "losses/q_max": q.detach().max(),
         "losses/target_q_mean": target.mean(),
-        "losses/adjoint_abs_mean": adjoint.abs().mean(),
-        "losses/adjoint_abs_std": adjoint.abs().std(correction=0),
-        "losses/adjoint_abs_max": adjoint.abs().max(),
+        "losses/adjoint_abs_mean": terminal.abs().mean(),
+        "losses/adjoint_abs_std": terminal.abs().std(correction=0),
+        "losses/adjoint_abs_max": terminal.abs().max(),
         "losses/grad_norm": grad_norm,
         "trust_region/path_kl": kl,
         "trust_region/path_kl_ema": agent.kl_ema.clone(),
@@ -431,10 +417,10 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
 # ---------------------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Action chunks [n, A] at observation [n, O], from noise [n, N, A]: of N samples the one of highest mean Q."""
+    """Action chunks [n, A] at observation [n, O], from noise [n, samples, A]: of these the one of highest mean Q."""
     n, samples, action_dim = noise.shape
-    observation = observation.repeat_interleave(samples, dim=0)  # [n*N, O]
-    action = ode_sample(agent.actor_fast, observation, noise.flatten(0, 1), args.flow_steps)  # [n*N, A]
+    observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
+    action = ode_sample(agent.actor_fast, observation, noise.flatten(0, 1), args.flow_steps)  # [n * samples, A]
     best = agent.critic(observation, action).mean(0).view(n, samples).argmax(1)  # [n]
     return action.view(n, samples, action_dim)[torch.arange(n, device=best.device), best]
 
@@ -449,61 +435,68 @@ def settings(args: Args) -> dict:
     return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}
 
 
+def train_step(agent: Agent, optimizer: Optimizer, dataset: common.ChunkDataset, generator, bc_only: bool, args: Args):
+    """Draw a batch and all noise, and update with them."""
+    batch = dataset.sample(args.batch_size, generator)
+    noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
+    return (bc_update if bc_only else update)(agent, optimizer, batch, noise, args)
+
+
 def main(args: Args):
     common.check_settings(args)
     device = common.choose_device(args.device, args.num_threads)
+    domain = common.domain_of(args.env_id)
     observation_dim, action_dim = common.environment_sizes(args.env_id)
-    sizes = dict(domain=common.domain_of(args.env_id), observation_dim=observation_dim, action_dim=action_dim)
+    sizes = dict(domain=domain, observation_dim=observation_dim, action_dim=action_dim)
     sizes |= {name: getattr(args, name) for name in ("chunk_length", "hidden_dims", "actor_layer_norm")}
     torch.manual_seed(args.seed)
     agent = Agent(observation_dim, args.chunk_length * action_dim, args).to(device)
-    optimizer = agent.make_optimizer(args)
-    generator = torch.Generator(device).manual_seed(args.seed)
     policy = lambda observation, noise: act(agent, observation.to(device), noise.to(device), args)
-
-    if args.eval_only:
-        agent.load_state_dict(common.load_checkpoint(args.checkpoint, SCRIPT, "--checkpoint", sizes)["agent"])
-        return common.evaluate_checkpoint(args, policy)
-    if args.bc_checkpoint:
-        prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
-        agent.actor_slow.load_state_dict(prior["actor_slow"])
-        agent.start_from_prior()
     bc_steps = 0 if args.bc_checkpoint else args.bc_steps
     total_steps = bc_steps + args.offline_steps
 
-    with common.Run(SCRIPT, args, sizes) as run:
-        dataset = run.load_dataset(device)
+    if args.eval_only:
+        checkpoint = common.load_checkpoint(args.checkpoint, SCRIPT, "--checkpoint", sizes)
+        agent.load_state_dict(checkpoint["agent"])
+        if checkpoint["step"] < bc_steps:
+            agent.start_from_clone()
+        return common.evaluate_checkpoint(args, policy)
 
-        def train_step(stage_update, agent, optimizer, generator):
-            batch = dataset.sample(args.batch_size, generator)
-            noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
-            return stage_update(agent, optimizer, batch, noise, args)
-
-        twin = copy.deepcopy(agent)  # is timed, and learns nothing that counts
-        trial = twin, twin.make_optimizer(args), torch.Generator(device)
-        run.announce("bc", bc_steps, lambda: train_step(bc_update, *trial))
-        run.announce("offline", args.offline_steps, lambda: train_step(update, *trial))
-
+    run = common.Run(SCRIPT, args, sizes, device)
+    if args.bc_checkpoint and not run.checkpoint:
+        prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
+        agent.actor_slow.load_state_dict(prior["actor_slow"])
+        agent.start_from_clone()
+    with run:
+        print(f"{domain}: {'settings of the domain' if domain in DOMAINS else 'no settings known, general defaults'}")
+        dataset = run.load_dataset()
+        optimizer = agent.make_optimizer(args)
+        generator = torch.Generator(device).manual_seed(args.seed)
         step = 0  # updates done, over both stages
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
+
+        twin = copy.deepcopy(agent)  # is timed, and thrown away
+        trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
+        run.announce("bc", bc_steps - step, lambda: train_step(*trial, True, args))
+        run.announce("offline", total_steps - max(step, bc_steps), lambda: train_step(*trial, False, args))
+
         run.begin(step, total_steps)
         if step == bc_steps == 0:
             run.evaluate("bc", 0, policy)
-
         while step < total_steps:
-            statistics = train_step(bc_update if step < bc_steps else update, agent, optimizer, generator)
+            statistics = train_step(agent, optimizer, dataset, generator, step < bc_steps, args)
             step += 1
             run.tick()
             stage, stage_step = ("bc", step) if step <= bc_steps else ("offline", step - bc_steps)
             stage_ends = step in (bc_steps, total_steps)
             if stage_ends or stage_step % args.log_interval == 0:
                 run.log(stage, stage_step, {**statistics, "trust_region/kl_budget": args.kl_budget})
-            if step == bc_steps:  # the behaviour-cloned policy becomes the prior, and fine-tuning starts afresh
-                agent.start_from_prior()
+            if step == bc_steps:  # fine-tuning starts afresh, and so the same as one from --bc-checkpoint
+                agent.start_from_clone()
                 optimizer = agent.make_optimizer(args)
                 generator.manual_seed(args.seed)
                 run.save_bc(agent.actor_slow.state_dict())
@@ -512,7 +505,7 @@ def main(args: Args):
                 run.evaluate(stage, stage_step, policy)
             if evaluation_due or stage_step % args.checkpoint_interval == 0:
                 run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())
-        run.finish()
+        run.finish(policy)
 
 
 if __name__ == "__main__":

@@ -32,26 +32,21 @@ def test_there_is_something_to_compare_with():
     assert FILES, f"no .npz in {FOLDER}"
 
 
-def parameters(script, network):
-    """(parameter, its name in the recording, recorded array -> parameter's layout) in the order of the layers."""
-    dense = norm = 0
-    for layer in network.net:
-        if isinstance(layer, script.EnsembleLinear):
-            yield layer.weight, f"dense_{dense}/kernel", lambda a: a  # [E, in, out] in both
-            yield layer.bias, f"dense_{dense}/bias", lambda a: a[:, None]
-            dense += 1
-        elif isinstance(layer, torch.nn.Linear):
-            yield layer.weight, f"dense_{dense}/kernel", lambda a: a.T
-            yield layer.bias, f"dense_{dense}/bias", lambda a: a
-            dense += 1
-        elif isinstance(layer, script.EnsembleLayerNorm):
-            yield layer.scale, f"layernorm_{norm}/scale", lambda a: a[:, None]
-            yield layer.bias, f"layernorm_{norm}/bias", lambda a: a[:, None]
-            norm += 1
-        elif isinstance(layer, torch.nn.LayerNorm):
-            yield layer.weight, f"layernorm_{norm}/scale", lambda a: a
-            yield layer.bias, f"layernorm_{norm}/bias", lambda a: a
-            norm += 1
+def parameters(network):
+    """(parameter, its name in the recording, recorded array -> parameter's layout) for each parameter of a network."""
+    if hasattr(network, "kernels"):  # the critics: [E, in, out] in both; [E, width] here as [E, 1, width]
+        for i, (kernel, bias) in enumerate(zip(network.kernels, network.biases, strict=True)):
+            yield kernel, f"dense_{i}/kernel", lambda a: a
+            yield bias, f"dense_{i}/bias", lambda a: a[:, None]
+        for i, (scale, bias) in enumerate(zip(network.norm_scales, network.norm_biases, strict=True)):
+            yield scale, f"layernorm_{i}/scale", lambda a: a[:, None]
+            yield bias, f"layernorm_{i}/bias", lambda a: a[:, None]
+        return
+    kinds = ((torch.nn.Linear, "dense", "kernel", lambda a: a.T), (torch.nn.LayerNorm, "layernorm", "scale", lambda a: a))
+    for kind, name, weight, layout in kinds:
+        for i, layer in enumerate(layer for layer in network.net if isinstance(layer, kind)):
+            yield layer.weight, f"{name}_{i}/{weight}", layout
+            yield layer.bias, f"{name}_{i}/bias", lambda a: a
 
 
 class Recording:
@@ -125,7 +120,7 @@ def test_update_makes_the_recorded_numbers(path):
     agent = script.Agent(recording.meta["obs_dim"], recording.meta["chunk"] * recording.meta["action_dim"], args)
     with torch.no_grad():
         for network in NETWORKS:
-            for parameter, name, layout in parameters(script, getattr(agent, network)):
+            for parameter, name, layout in parameters(getattr(agent, network)):
                 recorded = layout(recording[f"init/{network}/{name}"])
                 assert parameter.shape == recorded.shape
                 parameter.copy_(recorded)
@@ -140,7 +135,7 @@ def test_update_makes_the_recorded_numbers(path):
         compare_statistics(recording, statistics, step)
 
     for network in NETWORKS:
-        for parameter, name, layout in parameters(script, getattr(agent, network)):
+        for parameter, name, layout in parameters(getattr(agent, network)):
             recording.compare(f"final/{network}/{name}", parameter, layout(recording[f"final/{network}/{name}"]))
 
     worst = max(recording.differences, key=recording.differences.get)
@@ -170,7 +165,7 @@ def compare_gradients(recording, script, agent, optimizer, batch, noise, args, s
     unclipped.max_grad_norm = math.inf
     script.update(twin, twin.make_optimizer(args), batch, noise, unclipped)
     for network in ("critic", "actor_slow", "actor_fast"):
-        for parameter, name, layout in parameters(script, getattr(twin, network)):
+        for parameter, name, layout in parameters(getattr(twin, network)):
             recording.compare(
                 f"grad/{network}/{name}", parameter.grad, layout(recording[f"step{step}/grad/{network}/{name}"])
             )

@@ -139,7 +139,13 @@ def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, d
     ours, theirs = (torch.load(f"{name}/checkpoint.pt", weights_only=True)["agent"] for name in ("first", "second"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
+    # A prior can be evaluated by itself, and a run that has ended can be resumed, even without its prior's file.
+    assert start(script, monkeypatch, *TINY, "--dataset-path", dataset, "--run-dir", "prior", *prior, "--offline-steps", 0) is None
+    Path(prior[1]).rename("moved.pt")
+    assert start(script, monkeypatch, "--run-dir", "second", "--resume") is None
+
     capsys.readouterr()
+    assert "--num-critics 2" in start(script, monkeypatch, "--eval-only", "--checkpoint", run / "checkpoint.pt", "--num-critics", 3)
     assert start(script, monkeypatch, "--eval-only", "--checkpoint", run / "checkpoint.pt", "--eval-episodes", 2) is None
     last = rows(run / "eval.csv")[-1]
     assert f"success {float(last['success']):.3f}" in capsys.readouterr().out
@@ -271,7 +277,8 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, 
     assert "not empty" in start(script, monkeypatch, *flags)
     assert "--kl-budget 1.0" in start(script, monkeypatch, *flags, "--resume", "--kl-budget", 2.0)
     (tmp_path / "other.npz").write_bytes(broken(tmp_path, dataset, qvel=None).read_bytes())
-    assert "not the one" in start(script, monkeypatch, "--run-dir", "run", "--resume", "--dataset-path", "other.npz")
+    said = start(script, monkeypatch, "--run-dir", "run", "--resume", "--dataset-path", "other.npz")
+    assert "--resume: the run began on" in said and said.count("sha256") == 2
     whole = Path("run/checkpoint.pt").read_bytes()
     Path("run/checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     said = start(script, monkeypatch, *flags, "--resume")
