@@ -379,7 +379,7 @@ class ChunkDataset:
         )  # [episodes], rows of the file
         on_device = lambda array, dtype=torch.float32: torch.as_tensor(array, dtype=dtype, device=device)
         self.observations = on_device(observations)
-        self.actions = on_device(actions).clamp_(-1 + 1e-5, 1 - 1e-5)
+        self.actions = on_device(actions).clamp(-1 + 1e-5, 1 - 1e-5)
         self.rewards = on_device(np.where(np.asarray(rewards) != 0, -1.0, 0.0) if sparse else rewards)
         self.masks = on_device(masks)
         # Transitions are numbered without the final states; episode e's end at transition ends[e] - 1.

@@ -468,7 +468,8 @@ def main(args: Args):
         agent.actor_slow.load_state_dict(prior["actor_slow"])
         agent.start_from_clone()
     with run:
-        print(f"{domain}: {'settings of the domain' if domain in DOMAINS else 'no settings known, general defaults'}")
+        known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
+        print(f"preset {args.preset}; {domain}: {known}; flags win over both")
         dataset = run.load_dataset()
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(device).manual_seed(args.seed)

@@ -42,11 +42,12 @@ def parameters(network):
             yield scale, f"layernorm_{i}/scale", lambda a: a[:, None]
             yield bias, f"layernorm_{i}/bias", lambda a: a[:, None]
         return
-    kinds = ((torch.nn.Linear, "dense", "kernel", lambda a: a.T), (torch.nn.LayerNorm, "layernorm", "scale", lambda a: a))
-    for kind, name, weight, layout in kinds:
+    same = lambda a: a
+    dense = torch.nn.Linear, "dense", "kernel", lambda a: a.T
+    for kind, name, weight, layout in (dense, (torch.nn.LayerNorm, "layernorm", "scale", same)):
         for i, layer in enumerate(layer for layer in network.net if isinstance(layer, kind)):
             yield layer.weight, f"{name}_{i}/{weight}", layout
-            yield layer.bias, f"{name}_{i}/bias", lambda a: a
+            yield layer.bias, f"{name}_{i}/bias", same
 
 
 class Recording:
