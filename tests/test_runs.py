@@ -24,7 +24,8 @@ ENV = "pointmaze-medium-navigate-singletask-task1-v0"
 ANTMAZE = "antmaze-large-navigate-singletask-task1-v0"
 TINY = (
     f"--env-id {ENV} --hidden-dims 16 16 --num-critics 2 --flow-steps 3 --batch-size 8 --chunk-length 4 "
-    "--eval-episodes 2 --bc-steps 12 --offline-steps 18 --eval-interval 9 --log-interval 3 --checkpoint-interval 5 --num-threads 1"
+    "--bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 --log-interval 3 --checkpoint-interval 5 "
+    "--num-threads 1"
 ).split()
 
 
