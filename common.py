@@ -586,6 +586,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
 
 
 def make_chunked_env(env_id: str, chunk_length: int) -> gymnasium.Env:
+    """The environment of a worker process of `Evaluator`."""
     leave_interrupts_to_the_parent()
     return ChunkedEpisode(make_env(env_id), chunk_length)
 
@@ -681,6 +682,7 @@ class Evaluator:
         )
 
     def close(self):
+        """End the worker processes."""
         self.envs.close()
 
 
@@ -729,6 +731,7 @@ def leave_interrupts_to_the_parent():
 
 
 def version_of(package: str) -> str:
+    """Of an installed package."""
     return importlib.metadata.version(package)
 
 
@@ -806,6 +809,7 @@ def choose_device(device: str, num_threads: int) -> torch.device:
 
 
 def flag_of(field: str) -> str:
+    """`kl_budget` -> `--kl-budget`."""
     return "--" + field.replace("_", "-")
 
 
@@ -1226,6 +1230,7 @@ def evaluate_checkpoint(args: Any, policy: Callable[[torch.Tensor, torch.Tensor]
 
 
 def csv_text(columns: list[str], rows: Iterable[dict[str, Any]], header: bool = True) -> str:
+    """Rows as csv; a column that a row lacks stays empty."""
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     if header:
@@ -1259,6 +1264,7 @@ def git_commit() -> str | None:
 
 
 def cpu_name() -> str:
+    """The processor's model, as far as the system tells."""
     try:
         return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):

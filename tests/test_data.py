@@ -125,6 +125,22 @@ def test_collected_file_loads_through_ogbench_with_the_same_rewards(collected):
     env.close()
 
 
+def test_a_folder_of_shards_is_one_dataset(collected, tmp_path):
+    file = dict(np.load(collected))
+    for name, rows in (("a-000.npz", slice(0, 400)), ("a-001.npz", slice(400, 1001)), ("a-000-val.npz", slice(0, 9))):
+        np.savez(tmp_path / name, **{key: array[rows] for key, array in file.items()})
+    env_id, settings = "scene-play-singletask-task1-v0", dict(chunk_length=5, gamma=0.99)
+    sharded, info = common.load_dataset(env_id, **settings, dataset_path=str(tmp_path))
+    whole, _ = common.load_dataset(env_id, **settings, dataset_path=str(collected))
+    assert info["origin"] == "path" and len(info["files"]) == 2 and info["episodes"] == 2
+    # The first shard's end ends an episode, so its last row is a final state and no transition.
+    assert sharded.size == 399 + 600
+    for first, same in ((0, 0), (300, 300), (399, 400), (900, 901)):
+        ours, expected = sharded.chunks(torch.tensor([first])), whole.chunks(torch.tensor([same]))
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+    assert sharded.chunks(torch.tensor([396])).valid == 0
+
+
 def test_collecting_again_with_one_worker_or_after_a_stop_gives_the_same_bytes(collected, tmp_path):
     arguments = ("scene-play-v0", 1, 7, str(tmp_path))
     path = common.collected_path(*arguments)
