@@ -133,11 +133,18 @@ def can_collect(dataset_name: str) -> bool:
     return bool(re.match(r"((cube|scene|puzzle)-(.+-)?play|pointmaze-\w+-navigate)-v0$", dataset_name))
 
 
-def require_oracle(dataset_name: str, dataset_dir: str):
-    """Raise UserError where a dataset cannot be collected, with what to do instead."""
+def check_collection(dataset_name: str, dataset_dir: str):
+    """Raise UserError where a dataset cannot be collected into `dataset_dir`, with what to do instead."""
     if not can_collect(dataset_name):
         way_out = where_to_put(dataset_name, dataset_dir)
         raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; {way_out}")
+    folder = Path(dataset_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--dataset-dir: {folder} cannot be made ({error.strerror}); name another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--dataset-dir: {folder} cannot be written to; name another folder")
 
 
 def official_size(dataset_name: str) -> tuple[int, int]:
@@ -276,10 +283,9 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     `NAME.partial` until all are there, so that a collection that was stopped goes on where it was. Returns the path
     of NAME.npz; at once if it is already there. Raises UserError where no oracle exists.
     """
-    require_oracle(dataset_name, dataset_dir)
+    check_collection(dataset_name, dataset_dir)
     path = collected_path(dataset_name, episodes, seed, dataset_dir)
     partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run that wants the same data waits for it here
         if path.with_suffix(".json").exists() and path.exists():
@@ -449,14 +455,14 @@ def official_file(dataset_name: str, dataset_dir: str) -> Path:
     return path
 
 
-def read_npz(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> dict[str, np.ndarray]:
+def read_npz(path: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
     """Arrays of an OGBench .npz file. Raises UserError where it is none, or lacks a key."""
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in keys if key not in file.files]
             if missing:
                 raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
-            return {key: file[key] for key in [*keys, *optional] if key in file.files}
+            return {key: file[key] for key in keys}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again"
@@ -465,14 +471,19 @@ def read_npz(path: Path, keys: Iterable[str], optional: Iterable[str] = ()) -> d
 
 def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
     """Rows of one file, with OGBench's rewards and masks of the environment's task; checked against its sizes."""
-    states = [key for key in ("qpos", "button_states") if key == "qpos" or hasattr(env.unwrapped, "_cur_button_states")]
-    data = read_npz(path, ["observations", "actions", "terminals", *states])
+    shapes = {
+        "observations": env.observation_space.shape,
+        "actions": env.action_space.shape,
+        "terminals": (),
+        "qpos": (env.unwrapped.model.nq,),
+    }
+    if hasattr(env.unwrapped, "_cur_button_states"):
+        shapes["button_states"] = env.unwrapped._cur_button_states.shape
+    data = read_npz(path, shapes)
     rows = len(data["observations"]) if data["observations"].ndim else 0
-    shapes = {"observations": env.observation_space.shape, "actions": env.action_space.shape, "terminals": ()}
     for key, array in data.items():
-        expected = shapes.get(key, array.shape[1:])
-        if array.ndim == 0 or array.shape[1:] != expected or len(array) != rows:
-            raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *expected)}")
+        if array.shape != (rows, *shapes[key]):
+            raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *shapes[key])}")
         if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
             raise UserError(f"{path}: {key} holds values that are not finite numbers; collect or fetch the file again")
     relabel_dataset(env.spec.id, env, data)
@@ -509,29 +520,19 @@ def load_dataset(
     else:
         files, info = [official_file(dataset_name, dataset_dir)], {"origin": "official"}
 
-    hashes = [file_hash(path) for path in files]
-    sidecar = files[0].with_suffix(".json")
-    if len(files) == 1 and sidecar.exists():  # written by collect_dataset
-        made = json.loads(sidecar.read_text())
-        if made.get("sha256") != hashes[0]:
-            if not dataset_path:
-                raise UserError(
-                    f"{files[0]} is not the file that was collected (its hash changed): remove it to collect it again"
-                )
-        else:
-            info = {
-                key: made[key]
-                for key in ("origin", "dataset", "episodes", "collect_seed", "recipe", "ogbench", "mujoco")
-            }
     env = make_env(env_id)
     parts = [read_dataset_file(path, env) for path in files]
     env.close()
+    hashes = [file_hash(path) for path in files]
+    made = collection_of(files[0]) if len(files) == 1 else None
+    if made and made["sha256"] == hashes[0]:
+        info = made
+    elif collect_episodes and not dataset_path:
+        raise UserError(f"{files[0]} is no longer the file that was collected: remove it, to collect it again")
     data = {
         key: np.concatenate([part[key] for part in parts]) for key in ("observations", "actions", "rewards", "masks")
     }
-    terminals = np.concatenate(
-        [np.append(part["terminals"][:-1], True) for part in parts]
-    )  # a file's end is an episode's
+    terminals = np.concatenate([np.append(part["terminals"][:-1], True) for part in parts])  # a file's end ends one
     dataset = ChunkDataset(
         **data, terminals=terminals, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device
     )
@@ -546,6 +547,15 @@ def load_dataset(
         sha256=hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     )
     return dataset, info
+
+
+def collection_of(path: Path) -> dict[str, Any] | None:
+    """What `collect_dataset` noted beside the file it wrote; None for any other file."""
+    try:
+        made = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    return made if isinstance(made, dict) and "sha256" in made else None
 
 
 def describe_dataset(info: dict[str, Any]) -> str:
@@ -1021,7 +1031,7 @@ class Run:
         """`load_dataset` with this run's settings; its origin goes into config.json, and both are printed."""
         args = self.args
         if args.collect_episodes and not args.dataset_path:
-            require_oracle(split_env_id(args.env_id)[1], args.dataset_dir)
+            check_collection(split_env_id(args.env_id)[1], args.dataset_dir)
             self.open()  # collecting is long; any other data is read, and checked, before a folder is made
         dataset, origin = load_dataset(
             args.env_id,

@@ -11,3 +11,7 @@ parity_maxima: dict[str, tuple[str, float]] = {}  # file -> (worst quantity, its
 def pytest_terminal_summary(terminalreporter):
     for name, (quantity, difference) in parity_maxima.items():
         terminalreporter.write_line(f"parity {name}: largest relative difference {difference:.1e} ({quantity})")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.*DISPLAY environment variable is missing")

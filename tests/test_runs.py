@@ -215,6 +215,21 @@ BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the 
         lambda t, d: ["--dataset-path", broken(t, d, actions=np.zeros((2002, 5)))],
         ["broken.npz", "actions", "(2002, 5)", "(2002, 2)"],
     ),
+    "other states": (
+        lambda t, d: ["--dataset-path", broken(t, d, qpos=np.zeros((2002, 9)))],
+        ["qpos", "(2002, 9)", "(2002, 2)"],
+    ),
+    "a folder for a file": (
+        lambda t, d: [(t / "folder.npz" / "x.npz").mkdir(parents=True), "--dataset-path", t / "folder.npz"][1:],
+        ["x.npz", "cannot be read"],
+    ),
+    "dataset folder is a file": (
+        lambda t, d: ["--dataset-path", "", "--collect-episodes", 1, "--dataset-dir", d],
+        ["--dataset-dir", "name another folder"],
+    ),
+    "run folder is a file": (lambda t, d: ["--run-dir", d], ["--run-dir", "name another folder"]),
+    "run folder in a file": (lambda t, d: ["--run-dir", d / "run"], ["--run-dir", "name another folder"]),
+    "checkpoint is a folder": (lambda t, d: ["--bc-checkpoint", t], ["--bc-checkpoint", "not a checkpoint"]),
     "rows missing": (lambda t, d: ["--dataset-path", broken(t, d, actions=np.zeros((99, 2)))], ["actions", "(99, 2)"]),
     "pickled": (
         lambda t, d: ["--dataset-path", broken(t, d, actions=np.array([{}] * 2002, dtype=object))],
