@@ -141,7 +141,7 @@ DOMAINS = {  # what differs from the defaults above; every flag given on the com
 }
 QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
-    bc_steps=8_000, offline_steps=6_000, eval_interval=2_000, log_interval=100, checkpoint_interval=1_000,
+    bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
     learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
     kl_budget=0.2,
 )  # fmt: skip
