@@ -18,6 +18,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import math
 import multiprocessing.forkserver
 import os
 import platform
@@ -29,8 +30,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +135,7 @@ def can_collect(dataset_name: str) -> bool:
 def check_collection(dataset_name: str, dataset_dir: str):
     """Raise UserError where a dataset cannot be collected into `dataset_dir`, with what to do instead."""
     if not can_collect(dataset_name):
-        way_out = where_to_put(dataset_name, dataset_dir)
+        way_out = f"use --collect-episodes 0 and {where_to_put(dataset_name, dataset_dir)}"
         raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; {way_out}")
     folder = Path(dataset_dir).expanduser()
     try:
@@ -285,11 +284,15 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     """
     check_collection(dataset_name, dataset_dir)
     path = collected_path(dataset_name, episodes, seed, dataset_dir)
+    if path.exists() and collection_of(path):
+        return path
     partial = path.with_suffix(".partial")
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run that wants the same data waits for it here
-        if path.with_suffix(".json").exists() and path.exists():
+        if path.exists() and collection_of(path):
             return path
+        if path.exists() and not partial.exists():
+            raise UserError(f"{path} was not written by a finished collection: move it away, to collect in its place")
         partial.mkdir(exist_ok=True)
         jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
         files = {job: partial / f"{job[0]}-{job[1]:05d}.npz" for job in jobs}
@@ -463,7 +466,9 @@ def read_npz(path: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
             if missing:
                 raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
             return {key: file[key] for key in keys}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive can raise nearly anything
         raise UserError(
             f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again"
         ) from error
@@ -527,6 +532,8 @@ def load_dataset(
     made = collection_of(files[0]) if len(files) == 1 else None
     if made and made["sha256"] == hashes[0]:
         info = made
+        if made["dataset"] != dataset_name:
+            raise UserError(f"{files[0]} was collected as {made['dataset']}, but {env_id} needs {dataset_name}")
     elif collect_episodes and not dataset_path:
         raise UserError(f"{files[0]} is no longer the file that was collected: remove it, to collect it again")
     data = {
@@ -788,8 +795,17 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
         raise UserError(f"{flag}: {path} does not exist") from error
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({reason[:120]})") from error
+        raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({reason[:120]}); use another") from error
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    parts = (
+        {"sizes", "actor_slow"}
+        if kind == "bc"
+        else {"sizes", "args", "agent", "optimizer", "generator", "step", "rows"}
+    )
+    if found == kind and parts - checkpoint.keys():
+        raise UserError(
+            f"{flag}: {path} lacks {', '.join(sorted(parts - checkpoint.keys()))}: it is damaged; use another"
+        )
     if found != kind:
         raise UserError(f"{flag}: {path} is a {found or 'foreign'} checkpoint, but one of {kind} is needed here")
     for key, value in (sizes or {}).items():
@@ -825,7 +841,7 @@ def flag_of(field: str) -> str:
 
 POSITIVE = set(
     "batch_size chunk_length num_critics flow_steps best_of_n hidden_dims learning_rate max_grad_norm kl_budget "
-    "lam_scale lambda_min kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval".split()
+    "lam_scale lambda_min lambda_max kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval".split()
 )
 NOT_NEGATIVE = set("seed num_threads collect_episodes collect_seed bc_steps offline_steps rho eta_lambda".split())
 FRACTION = {"gamma", "tau", "kl_ema_coef"}
@@ -841,8 +857,11 @@ def check_settings(args: Any):
         for field in dataclasses.fields(args):
             value = getattr(args, field.name)
             values = value if isinstance(value, tuple) else (value,)
-            if field.name in names and not (values and all(fine(x) and np.isfinite(x) for x in values)):
+            if field.name in names and not (values and all(fine(x) and math.isfinite(x) for x in values)):
                 raise UserError(f"{flag_of(field.name)} must be {words}, not {value}")
+    for name, most in (("seed", 2**32 - 1), ("collect_seed", 2**32 - 1), ("num_threads", os.cpu_count())):
+        if getattr(args, name) > most:
+            raise UserError(f"{flag_of(name)} must be at most {most} here, not {getattr(args, name)}")
     if args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
 
@@ -888,10 +907,15 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
             raise UserError(
                 f"--resume: {args.run_dir} holds no run (no config.json); leave out --resume to start one there"
             )
-        stored = json.loads(config.read_text())
-        if stored["script"] != script:
-            raise UserError(f"--resume: the run in {args.run_dir} is one of {stored['script']}.py, not of {script}.py")
-        return override(args_class, stored["args"], RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
+        try:
+            stored = json.loads(config.read_text())
+            stored_script, stored_args = stored["script"], dict(stored["args"])
+            args_class(**stored_args)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--resume: {config} is damaged ({error!r}); start a new run in another folder") from error
+        if stored_script != script:
+            raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
+        return override(args_class, stored_args, RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
     if args.eval_only:
         stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]
         return override(args_class, stored, EVALUATION_MAY_CHANGE, f"--checkpoint: {args.checkpoint}")
@@ -919,6 +943,12 @@ def run_script(main: Callable[[Any], None], args_class: type, settings: Callable
         main(parse_args(args_class, settings, script))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path, its rights and the disk"
+        )
+    except MemoryError:
+        sys.exit("error: out of memory; use smaller --hidden-dims or --batch-size, or less data")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -957,7 +987,7 @@ class Run:
         if self.checkpoint and self.checkpoint["device"] != device.type:
             there = self.checkpoint["device"]
             raise UserError(f"--resume: the run began on {there}, and only there goes on exactly; use --device {there}")
-        self.evaluator = self.writer = self.bar = None
+        self.evaluator = self.writer = self.bar = self.lock = None
         self.config = {}
         self.started = time.perf_counter()
         self.steps_since_log = 0
@@ -969,7 +999,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        for part in (self.bar, self.evaluator, self.writer):
+        for part in (self.bar, self.evaluator, self.writer, self.lock):
             if part:
                 part.close()
         if kind is KeyboardInterrupt and self.writer:
@@ -983,6 +1013,13 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--run-dir: {self.path} cannot be made ({error.strerror}); name another folder") from error
+        self.lock = open(self.path / ".lock", "w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"--run-dir: another process is running in {self.path}; wait for it, or name another"
+            ) from error
         sitting = dict(
             command=" ".join(sys.argv),
             git_commit=git_commit(),
@@ -1031,7 +1068,13 @@ class Run:
         """`load_dataset` with this run's settings; its origin goes into config.json, and both are printed."""
         args = self.args
         if args.collect_episodes and not args.dataset_path:
-            check_collection(split_env_id(args.env_id)[1], args.dataset_dir)
+            dataset_name = split_env_id(args.env_id)[1]
+            check_collection(dataset_name, args.dataset_dir)
+            transitions = args.collect_episodes * (official_size(dataset_name)[1] - 1)
+            if max(args.batch_size, args.chunk_length) > transitions:
+                raise UserError(
+                    f"--batch-size and --chunk-length must be at most the {transitions} transitions collected"
+                )
             self.open()  # collecting is long; any other data is read, and checked, before a folder is made
         dataset, origin = load_dataset(
             args.env_id,
@@ -1087,6 +1130,11 @@ class Run:
     def log(self, stage: str, step: int, statistics: dict[str, Any]):
         """Write a row of train.csv, and to TensorBoard. Waits for the device."""
         row = {key: float(value) for key, value in statistics.items()}
+        bad = next((key for key, value in row.items() if not np.isfinite(value)), None)
+        if bad:
+            raise UserError(
+                f"{bad} is {row[bad]} at update {step} of {stage}: training diverged; try a lower --learning-rate"
+            )
         row["charts/SPS"] = self.steps_since_log / (time.perf_counter() - self.last_log)
         for key, value in row.items():
             self.writer.add_scalar(key, value, self.step)
@@ -1251,9 +1299,11 @@ def csv_text(columns: list[str], rows: Iterable[dict[str, Any]], header: bool = 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """(columns, rows) of a table; both empty where there is none."""
-    table = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
-    rows = list(table)
-    return list(table.fieldnames or []), rows
+    try:
+        table = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
+        return list(table.fieldnames or []), list(table)
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}); start a new run in another folder") from error
 
 
 def duration(seconds: float) -> str:

@@ -261,6 +261,16 @@ BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the 
     "no budget": (lambda t, d: ["--kl-budget", 0], ["--kl-budget", "greater than 0"]),
     "budget not a number": (lambda t, d: ["--kl-budget", "nan"], ["--kl-budget", "greater than 0"]),
     "bracket reversed": (lambda t, d: ["--lambda-min", 3, "--lambda-max", 2], ["--lambda-min", "--lambda-max", "swap"]),
+    "wrong maze": (
+        lambda t, d: ["--env-id", ENV.replace("medium", "large")],
+        ["collected as pointmaze-medium-navigate-v0", "needs pointmaze-large-navigate-v0"],
+    ),
+    "seed too large": (lambda t, d: ["--seed", 2**64], ["--seed", "at most"]),
+    "endless lambda": (lambda t, d: ["--lambda-max", "nan"], ["--lambda-max", "greater than 0"]),
+    "more batch than collected": (
+        lambda t, d: ["--dataset-path", "", "--collect-episodes", 1, "--batch-size", 5000, "--dataset-dir", d.parent],
+        ["--batch-size", "1000 transitions"],
+    ),
     "no flow": (lambda t, d: ["--flow-steps", 0], ["--flow-steps", "greater than 0"]),
     "gamma above 1": (lambda t, d: ["--gamma", 1.1], ["--gamma", "at most 1"]),
     "no width": (lambda t, d: ["--hidden-dims", 16, 0], ["--hidden-dims", "greater than 0"]),
@@ -308,6 +318,15 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, 
     (tmp_path / "other.npz").write_bytes(broken(tmp_path, dataset, qvel=None).read_bytes())
     said = start(script, monkeypatch, "--run-dir", "run", "--resume", "--dataset-path", "other.npz")
     assert "--resume: the run began on" in said and said.count("sha256") == 2
+    config = Path("run/config.json").read_text()
+    for damage in ("", "{}", "[]", config[:100]):
+        Path("run/config.json").write_text(damage)
+        said = start(script, monkeypatch, *flags, "--resume")
+        assert "config.json is damaged" in said and "\n" not in said
+    Path("run/config.json").write_text(config)
+    with open("run/.lock") as lock:
+        common.fcntl.flock(lock, common.fcntl.LOCK_EX)
+        assert "another process" in start(script, monkeypatch, *flags, "--resume")
     whole = Path("run/checkpoint.pt").read_bytes()
     Path("run/checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     said = start(script, monkeypatch, *flags, "--resume")
@@ -332,7 +351,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(script, dataset, tmp_path, 
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 10  # the second of 5, 10, 12, ...
     monkeypatch.setattr(common.os, "replace", write)
     assert start(script, monkeypatch, *flags, "--resume") is None
-    assert not list(Path("run").glob(".*"))
+    assert not list(Path("run").glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("env_id, way_out", [
@@ -347,6 +366,13 @@ def test_a_failed_download_says_how_to_go_on(env_id, way_out, tmp_path, monkeypa
     said = start("trqam_offline", monkeypatch, "--env-id", env_id, "--dataset-dir", tmp_path / "data")
     assert "host is down" in said and way_out in said and "\n" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_divergence_is_named_and_ends_the_run(dataset, monkeypatch):
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--learning-rate", 1e30]
+    said = start("trqam_offline", monkeypatch, *flags)
+    assert "is nan at update" in said or "is inf at update" in said
+    assert "--learning-rate" in said
 
 
 def test_training_finishes_when_nothing_can_be_filmed(dataset, monkeypatch, capsys):
