@@ -396,6 +396,7 @@ class ChunkDataset:
         self.size = len(observations) - len(last_rows)
         self.chunk_length = chunk_length
         self.gamma = gamma
+        self.sparse = sparse
         self.steps = torch.arange(chunk_length, device=device)  # [c]
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
@@ -423,6 +424,117 @@ class ChunkDataset:
             next_observation=self.observations[row[:, 0] + steps_inside],
             valid=inside[:, -1],
         )
+
+
+class ReplayBuffer(ChunkDataset):
+    """A `ChunkDataset` that online transitions are appended to, as one row each and one more at each episode's end.
+
+    It never overwrites: `make_room` once for all transitions that will come, so no chunk straddles a seam.
+    """
+
+    def make_room(self, transitions: int):
+        """Allocate rows for this many transitions more, and for as many final states: episodes can be that short."""
+        self.offline_size, self.offline_rows = self.size, len(self.observations)
+        self.episodes = len(self.ends)  # finished ones; the running episode, if any, has this number
+        room = lambda rows, count, value: torch.cat([rows, rows.new_full((count, *rows.shape[1:]), value)])
+        for name in ("observations", "actions", "rewards", "masks"):
+            setattr(self, name, room(getattr(self, name), 2 * transitions, 0))
+        self.ends = room(self.ends, transitions, torch.iinfo(torch.int64).max)  # one that has not ended ends last
+
+    def append(self, observation, action, reward: float, mask: float, next_observation, done: bool):
+        """Add a transition of the running episode; done: it is the episode's last.
+
+        observation, next_observation [O], action [d]: arrays; mask: 0 where the task is done.
+        """
+        row = self.size + self.episodes
+        on_device = lambda array: torch.as_tensor(array, dtype=torch.float32, device=self.observations.device)
+        self.observations[row], self.observations[row + 1] = on_device(observation), on_device(next_observation)
+        self.actions[row] = on_device(action)
+        self.rewards[row] = -float(reward != 0) if self.sparse else reward
+        self.masks[row] = mask
+        self.size += 1
+        if done:
+            self.ends[self.episodes] = self.size
+            self.episodes += 1
+
+    def sample_balanced(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Half of the chunks (rounded down) begin in the offline part, the others in the online one, which must hold a
+        whole chunk."""
+        starts = lambda first, stop, n: torch.randint(
+            first, stop - self.chunk_length + 1, (n,), generator=generator, device=generator.device
+        )
+        half = batch_size // 2
+        offline = starts(0, self.offline_size, half)
+        return self.chunks(torch.cat([offline, starts(self.offline_size, self.size, batch_size - half)]))
+
+    def online_rows(self) -> dict[str, torch.Tensor]:
+        """What was appended, for a checkpoint."""
+        rows = slice(self.offline_rows, self.size + self.episodes + 1)
+        state = {name: getattr(self, name)[rows].clone() for name in ("observations", "actions", "rewards", "masks")}
+        return state | {"ends": self.ends[(self.ends > self.offline_size) & (self.ends <= self.size)].clone()}
+
+    def load_online_rows(self, state: dict[str, torch.Tensor]):
+        """Append again what `online_rows` gave. Raises UserError where there is no room for it."""
+        if len(state["rewards"]) > len(self.rewards) - self.offline_rows + 1:
+            raise UserError("--online-steps: the run has done more already; name at least as many")
+        for name in ("observations", "actions", "rewards", "masks"):
+            getattr(self, name)[self.offline_rows :][: len(state[name])] = state[name]
+        self.ends[self.episodes :][: len(state["ends"])] = state["ends"]
+        self.episodes += len(state["ends"])
+        self.size += len(state["rewards"]) - 1 - len(state["ends"])  # less the final states and the current one
+
+
+class OnlineEnvironment:
+    """The environment that a policy collects in, one step at a time.
+
+    Episode i is decided by (seed, i) and the actions taken, so that a stopped run plays its running episode again.
+    """
+
+    def __init__(self, env_id: str, seed: int):
+        self.env, self.seed = make_env(env_id), seed
+        self.last_episode = {}  # return, length and success of the newest finished one
+        self.begin(0)
+
+    def begin(self, episode: int):
+        """Start an episode."""
+        self.episode, self.rewards, self.actions = episode, [], []
+        seed = np.random.SeedSequence([self.seed, 2, episode]).generate_state(1)[0]
+        self.observation, _ = self.env.reset(seed=int(seed))
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float, np.ndarray, bool]:
+        """Execute an action [d]; an episode that ends is followed by the next at once.
+
+        Returns the transition as `ReplayBuffer.append` takes it. Its mask is 0 where the episode terminated, and 1
+        where only its time was up.
+        """
+        observation = self.observation
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
+        self.rewards.append(float(reward))
+        self.actions.append(action)
+        transition = observation, action, float(reward), 1.0 - terminated, self.observation, terminated or truncated
+        if terminated or truncated:
+            self.last_episode = {
+                "charts/online_return": sum(self.rewards),
+                "charts/online_length": len(self.rewards),
+                "charts/online_success": float(info["success"]),
+            }
+            self.begin(self.episode + 1)
+        return transition
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        actions = torch.from_numpy(np.array(self.actions, dtype=np.float32))
+        return {"episode": self.episode, "actions": actions, "last_episode": self.last_episode}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        """Return to a state, by playing its running episode again from its start."""
+        self.begin(state["episode"])
+        self.last_episode = state["last_episode"]
+        for action in state["actions"].numpy():
+            self.step(action)
+
+    def close(self):
+        self.env.close()
 
 
 def where_to_put(dataset_name: str, dataset_dir: str) -> str:
@@ -506,7 +618,7 @@ def load_dataset(
     dataset_dir: str = "~/.ogbench/data",
     collect_episodes: int = 0,
     collect_seed: int = 0,
-) -> tuple[ChunkDataset, dict[str, Any]]:
+) -> tuple[ReplayBuffer, dict[str, Any]]:
     """The training data of a single task -> (data on `device`, what it is and where it comes from).
 
     `dataset_path` (a file, or a folder of shards) if given; else `collect_episodes` collected episodes if > 0; else
@@ -540,7 +652,7 @@ def load_dataset(
         key: np.concatenate([part[key] for part in parts]) for key in ("observations", "actions", "rewards", "masks")
     }
     terminals = np.concatenate([np.append(part["terminals"][:-1], True) for part in parts])  # a file's end ends one
-    dataset = ChunkDataset(
+    dataset = ReplayBuffer(
         **data, terminals=terminals, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device
     )
     if dataset.size < chunk_length:
@@ -617,10 +729,11 @@ class Evaluator:
         episodes: episodes of one evaluation, N. Episode i is the same one each time: its start, and the noise of its
             policy, come from (seed, i). All N are played to their end, so short ones do not count more.
         seed: of the episodes.
+        noise_dim: random numbers that the policy takes for a chunk.
     """
 
-    def __init__(self, env_id: str, chunk_length: int, episodes: int, seed: int):
-        self.env_id, self.chunk_length, self.episodes = env_id, chunk_length, episodes
+    def __init__(self, env_id: str, chunk_length: int, episodes: int, seed: int, noise_dim: int):
+        self.env_id, self.chunk_length, self.episodes, self.noise_dim = env_id, chunk_length, episodes, noise_dim
         self.seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(episodes)]
         process_context()
         makers = [functools.partial(make_chunked_env, env_id, chunk_length)] * min(episodes, 2 * os.cpu_count())
@@ -632,7 +745,7 @@ class Evaluator:
     ) -> dict[str, float]:
         """Mean and standard error of success (at each episode's last step), return and length over the N episodes.
 
-        policy: (observation [n, O], noise [n, samples, c*d], standard normal, both float32 on the CPU)
+        policy: (observation [n, O], noise [n, samples, noise_dim], standard normal, both float32 on the CPU)
             -> action chunks [n, c*d], for n environments at once.
         """
         slots = np.full(self.envs.num_envs, -1)  # the episode each environment plays, -1: none
@@ -651,7 +764,7 @@ class Evaluator:
             playing = np.flatnonzero(slots >= 0)
             if not len(playing):
                 break
-            draws = [noise[e].standard_normal((samples, action_dim), dtype=np.float32) for e in slots[playing]]
+            draws = [noise[e].standard_normal((samples, self.noise_dim), dtype=np.float32) for e in slots[playing]]
             observation = torch.from_numpy(observation[playing].astype(np.float32))
             chunks = np.zeros((len(slots), action_dim), dtype=np.float32)
             chunks[playing] = policy(observation, torch.from_numpy(np.stack(draws))).numpy(force=True)
@@ -841,9 +954,13 @@ def flag_of(field: str) -> str:
 
 POSITIVE = set(
     "batch_size chunk_length num_critics flow_steps best_of_n hidden_dims learning_rate max_grad_norm kl_budget "
-    "lam_scale lambda_min lambda_max kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval".split()
+    "lam_scale lambda_min lambda_max kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval "
+    "inverse_temperature utd_ratio".split()
 )
-NOT_NEGATIVE = set("seed num_threads collect_episodes collect_seed bc_steps offline_steps rho eta_lambda".split())
+NOT_NEGATIVE = set(
+    "seed num_threads collect_episodes collect_seed bc_steps offline_steps online_steps online_start rho eta_lambda "
+    "entropy_scale".split()
+)
 FRACTION = {"gamma", "tau", "kl_ema_coef"}
 
 
@@ -853,6 +970,7 @@ def check_settings(args: Any):
         (POSITIVE, "greater than 0", lambda x: x > 0),
         (NOT_NEGATIVE, "0 or greater", lambda x: x >= 0),
         (FRACTION, "greater than 0 and at most 1", lambda x: 0 < x <= 1),
+        ({"edit_scale"}, "between 0 and 1", lambda x: 0 <= x <= 1),
     ):
         for field in dataclasses.fields(args):
             value = getattr(args, field.name)
@@ -862,7 +980,7 @@ def check_settings(args: Any):
     for name, most in (("seed", 2**32 - 1), ("collect_seed", 2**32 - 1), ("num_threads", os.cpu_count())):
         if getattr(args, name) > most:
             raise UserError(f"{flag_of(name)} must be at most {most} here, not {getattr(args, name)}")
-    if args.lambda_min > args.lambda_max:
+    if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
 
 
@@ -883,7 +1001,7 @@ def quiet_cli(args_class: type, default: Any) -> Any:
 
 
 RESUME_MAY_CHANGE = set(
-    "run_dir resume dataset_path dataset_dir offline_steps device num_threads capture_video track".split()
+    "run_dir resume dataset_path dataset_dir offline_steps online_steps device num_threads capture_video track".split()
 )
 EVALUATION_MAY_CHANGE = set(
     "eval_only checkpoint eval_episodes seed best_of_n device num_threads capture_video run_dir resume".split()
@@ -915,7 +1033,8 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
             raise UserError(f"--resume: {config} is damaged ({error!r}); start a new run in another folder") from error
         if stored_script != script:
             raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
-        return override(args_class, stored_args, RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
+        may_change = RESUME_MAY_CHANGE - ({"offline_steps"} if stored_args.get("online_steps") else set())
+        return override(args_class, stored_args, may_change, f"--resume: the run in {args.run_dir}")
     if args.eval_only:
         stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]
         return override(args_class, stored, EVALUATION_MAY_CHANGE, f"--checkpoint: {args.checkpoint}")
@@ -963,6 +1082,7 @@ class Run:
         script: name of the program, without `.py`.
         args: its settings.
         sizes: domain and sizes of its networks, by which its checkpoints are told from others.
+        noise_dim: random numbers that its policy takes for a chunk.
         device: where it trains.
 
     Raises UserError where the folder already holds files and args.resume is not set.
@@ -971,8 +1091,8 @@ class Run:
         path: the folder. checkpoint: what `save` wrote last, when resuming, else None.
     """
 
-    def __init__(self, script: str, args: Any, sizes: dict[str, Any], device: torch.device):
-        self.script, self.args, self.sizes, self.device = script, args, sizes, device
+    def __init__(self, script: str, args: Any, sizes: dict[str, Any], noise_dim: int, device: torch.device):
+        self.script, self.args, self.sizes, self.noise_dim, self.device = script, args, sizes, noise_dim, device
         name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(args.run_dir or Path("runs") / name).expanduser()
         if self.path.exists() and not args.resume:
@@ -1064,7 +1184,7 @@ class Run:
         self.config |= facts
         write_atomically(self.path / "config.json", json.dumps(self.config, indent=1).encode())
 
-    def load_dataset(self) -> ChunkDataset:
+    def load_dataset(self) -> ReplayBuffer:
         """`load_dataset` with this run's settings; its origin goes into config.json, and both are printed."""
         args = self.args
         if args.collect_episodes and not args.dataset_path:
@@ -1161,7 +1281,7 @@ class Run:
 
     def start_evaluator(self):
         args = self.args
-        self.evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed)
+        self.evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed, self.noise_dim)
 
     def append(self, name: str, row: dict[str, Any]):
         """Add a row to a table; a column it has not had before is added to the earlier rows too, empty."""
@@ -1216,34 +1336,43 @@ class Run:
         return self.seconds + time.perf_counter() - self.started
 
     def draw(self):
-        """learning_curve.png: success, path KL against its budget, lambda, over fine-tuning updates."""
+        """learning_curve.png, over fine-tuning: success, path KL (against its budget, where there is one), and lambda,
+        where it moves."""
         from matplotlib.figure import Figure
 
-        evals, train = self.rows["eval.csv"], [row for row in self.rows["train.csv"] if row["stage"] != "bc"]
+        evals, train = ([row for row in self.rows[name] if row["stage"] != "bc"] for name in ("eval.csv", "train.csv"))
+        prior = [row for row in self.rows["eval.csv"] if row["stage"] == "bc"][-1:]
+        moves = any(row.get("trust_region/lambda") for row in train)
         figure = Figure(figsize=(13, 3.6), layout="constrained")
-        success, kl, lam = figure.subplots(1, 3)
-        prior = [row for row in evals if row["stage"] == "bc"]
-        tuned = prior[-1:] + [row for row in evals if row["stage"] != "bc"]
-        x = [0 if row["stage"] == "bc" else int(row["step"]) for row in tuned]
-        y, e = (np.array([float(row[key]) for row in tuned]) for key in ("success", "success_stderr"))
+        success, kl, *lam = axes = figure.subplots(1, 2 + moves)
+        online_from = self.args.offline_steps
+        steps_of = lambda rows: [int(row["step"]) + online_from * (row["stage"] == "online") for row in rows]
+        x = [0] * len(prior) + steps_of(evals)
+        y, e = (np.array([float(row[key]) for row in prior + evals]) for key in ("success", "success_stderr"))
         success.plot(x, y, marker="o", ms=3, label=self.script.split("_")[0].upper())
         success.fill_between(x, y - e, y + e, alpha=0.25, lw=0)
         if prior:
             success.axhline(float(prior[-1]["success"]), color="0.4", ls="--", label="behaviour cloning")
         success.set(title=f"success, {self.args.eval_episodes} episodes (band: standard error)", ylim=(-0.03, 1.03))
-        series = lambda key: [float(row[f"trust_region/{key}"]) for row in train]
-        steps = [int(row["step"]) for row in train]
-        kl.plot(steps, series("path_kl"), color="C0", alpha=0.3, lw=0.8)
-        kl.plot(steps, series("path_kl_ema"), color="C0", label="realised (average)")
-        kl.plot(steps, series("closed_form_kl"), color="C2", lw=0.8, label="closed form at lambda")
-        kl.plot(steps, series("kl_budget"), color="C3", ls="--", label="budget")
+        for axis, key, style in (
+            (kl, "path_kl", dict(color="C0", lw=0.8, alpha=0.4, label="realised, single batches")),
+            (kl, "path_kl_ema", dict(color="C0", label="realised (average)")),
+            (kl, "closed_form_kl", dict(color="C2", lw=0.8, label="closed form")),
+            (kl, "kl_budget", dict(color="C3", ls="--", label="budget")),
+            *((axis, "lambda", dict(color="C1")) for axis in lam),
+        ):
+            logged = [row for row in train if row.get(f"trust_region/{key}")]
+            if logged:
+                axis.plot(steps_of(logged), [float(row[f"trust_region/{key}"]) for row in logged], **style)
         kl.set(title="path-space KL to the prior, nats per action", yscale="log")
-        lam.plot(steps, series("lambda"), color="C1")
-        lam.set(title="lambda", yscale="log")
-        for axis in (success, kl):
-            axis.legend(fontsize=8)
-        for axis in (success, kl, lam):
-            axis.set_xlabel("fine-tuning updates")
+        for axis in lam:
+            axis.set(title="lambda", yscale="log")
+        for axis in axes:
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(fontsize=8)
+            if any(row["stage"] == "online" for row in train + evals):
+                axis.axvline(online_from, color="0.4", ls=":")
+            axis.set_xlabel("fine-tuning updates" + ", then environment steps" * bool(getattr(self.args, "online_steps", 0)))
             axis.grid(alpha=0.3)
         figure.suptitle(
             f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.config['dataset'])}", fontsize=9
@@ -1262,21 +1391,26 @@ class Run:
             self.evaluator.film(self.path / "videos")
         print(f"\n{self.args.env_id}, seed {self.args.seed}; {describe_dataset(self.config['dataset'])}")
         print(f"{'':24}{'success':>16}{'return':>10}{'length':>9}")
-        last = [[row for row in self.rows["eval.csv"] if row["stage"] == stage][-1:] for stage in ("bc", "offline")]
-        for row in sum(last, []):
+        last = {row["stage"]: row for row in self.rows["eval.csv"]}  # of each stage
+        for row in last.values():
             label = "behaviour cloning" if row["stage"] == "bc" else f"{row['stage']} {int(row['step']):,}"
             score = f"{float(row['success']):.2f} ± {float(row['success_stderr']):.2f}"
             print(f"{label:24}{score:>16}{float(row['return']):>10.1f}{float(row['length']):>9.1f}")
-        newest = self.rows["train.csv"][-1] if self.rows["train.csv"] else {}
-        if newest.get("trust_region/path_kl_ema"):
-            kl, budget, lam = (float(newest[f"trust_region/{key}"]) for key in ("path_kl_ema", "kl_budget", "lambda"))
-            print(f"path KL {kl:.3f} (average) against a budget of {budget:.3f}; lambda {lam:.3f}")
+        newest = next((row for row in self.rows["train.csv"][::-1] if row.get("trust_region/path_kl")), {})
+        value = lambda key: float(newest[f"trust_region/{key}"])
+        if newest.get("trust_region/kl_budget"):
+            budget, lam = value("kl_budget"), value("lambda")
+            print(f"path KL {value('path_kl_ema'):.3f} (average) against a budget of {budget:.3f}; lambda {lam:.3f}")
+        elif newest:
+            print(f"path KL {value('path_kl'):.3f} in the last batch; nothing bounds it")
         print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
 
 
-def evaluate_checkpoint(args: Any, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+def evaluate_checkpoint(
+    args: Any, noise_dim: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+):
     """Evaluate a finished policy and print the result; with args.capture_video, film it beside its checkpoint."""
-    evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed)
+    evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed, noise_dim)
     scores = evaluator.evaluate(policy, args.best_of_n)
     words = ", ".join(
         f"{key} {scores[key]:.3f} ± {scores[key + '_stderr']:.3f}" for key in ("success", "return", "length")

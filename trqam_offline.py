@@ -19,12 +19,14 @@ Domingo-Enrich et al., 2024, arXiv 2409.08861. The numbers (E1) to (E12) are tho
 
 Shapes: B batch, O observation, d one action, c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps.
 Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run files, and nothing of the algorithm.
+What several scripts hold is the same in each to the letter, so `diff trqam_offline.py qam_baseline.py` is what TRQAM adds.
 """
 
 import copy
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -207,11 +209,12 @@ class Agent(nn.Module):
         self.actor_slow = VelocityField(observation_dim, action_dim, args.hidden_dims, args.actor_layer_norm)
         self.target_actor_slow = copy.deepcopy(self.actor_slow).requires_grad_(False)
         self.actor_fast = copy.deepcopy(self.actor_slow)
+        self.noise_dim = action_dim  # normal numbers behind one action of the policy
         self.register_buffer("lam", torch.tensor(1.0))  # lambda
         self.register_buffer("kl_ema", torch.tensor(0.0))  # D
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        return [*self.critic.parameters(), *self.actor_slow.parameters(), *self.actor_fast.parameters()]
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def start_from_clone(self):
         """The base and the fine-tuned policy begin as the behaviour-cloned one."""
@@ -233,12 +236,12 @@ class Noise(NamedTuple):
     sde: Tensor  # [K, B, A] normal, its increments (the last is not used: that step has no noise)
 
 
-def draw_noise(batch_size: int, action_dim: int, flow_steps: int, generator: torch.Generator) -> Noise:
+def draw_noise(batch_size: int, action_dim: int, args: Args, generator: torch.Generator) -> Noise:
     """The noise of one update, from `generator`, on its device."""
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
     next_action, flow_x0, sde_x0 = normal(3, batch_size, action_dim)  # [B, A] each
     flow_t = torch.rand(batch_size, 1, generator=generator, device=generator.device)
-    return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(flow_steps, batch_size, action_dim))
+    return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, action_dim))
 
 
 def ode_sample(velocity: VelocityField, observation: Tensor, x: Tensor, flow_steps: int) -> Tensor:
@@ -249,9 +252,14 @@ def ode_sample(velocity: VelocityField, observation: Tensor, x: Tensor, flow_ste
     return x.clamp(-1, 1)
 
 
+def policy_action(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
+    """What acts: actor_fast, at observation [n, O] from noise [n, A] -> action chunks [n, A] in [-1, 1]."""
+    return ode_sample(agent.actor_fast, observation, noise, args.flow_steps)
+
+
 def critic_target(agent: Agent, batch: common.Batch, next_action_noise: Tensor, args: Args) -> Tensor:
     """(E2) y = R + gamma^c m Q'(s', a'), with Q' = mean_e Q^e - rho std_e Q^e of the target critic -> [B]."""
-    next_action = ode_sample(agent.actor_fast, batch.next_observation, next_action_noise, args.flow_steps)  # [B, A]
+    next_action = policy_action(agent, batch.next_observation, next_action_noise, args)  # [B, A]
     next_q = agent.target_critic(batch.next_observation, next_action)  # [E, B]
     next_q = next_q.mean(0) - args.rho * next_q.std(0, correction=0)  # [B]
     return batch.reward + args.gamma**args.chunk_length * batch.mask * next_q
@@ -410,6 +418,7 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
         "trust_region/path_kl": kl,
         "trust_region/path_kl_ema": agent.kl_ema.clone(),
         "trust_region/closed_form_kl": kl_optimum,
+        "trust_region/kl_budget": args.kl_budget,
         "trust_region/lambda": agent.lam.clone(),
     }
 
@@ -417,16 +426,16 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
 # ---------------------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Action chunks [n, A] at observation [n, O], from noise [n, samples, A]: of these the one of highest mean Q."""
-    n, samples, action_dim = noise.shape
+    """Action chunks [n, A] at observation [n, O], from noise [n, samples, noise_dim]: of these that of highest mean Q."""
+    n, samples, _ = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
-    action = ode_sample(agent.actor_fast, observation, noise.flatten(0, 1), args.flow_steps)  # [n * samples, A]
+    action = policy_action(agent, observation, noise.flatten(0, 1), args)  # [n * samples, A]
     best = agent.critic(observation, action).mean(0).view(n, samples).argmax(1)  # [n]
-    return action.view(n, samples, action_dim)[torch.arange(n, device=best.device), best]
+    return action.view(n, samples, -1)[torch.arange(n, device=best.device), best]
 
 
 # ------------------------------------------------------------------------------------------------------------ main
-SCRIPT = "trqam_offline"
+SCRIPT = Path(__file__).stem
 
 
 def settings(args: Args) -> dict:
@@ -435,11 +444,11 @@ def settings(args: Args) -> dict:
     return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}
 
 
-def train_step(agent: Agent, optimizer: Optimizer, dataset: common.ChunkDataset, generator, bc_only: bool, args: Args):
+def train_step(agent: Agent, optimizer: Optimizer, dataset: common.ReplayBuffer, generator, stage: str, args: Args):
     """Draw a batch and all noise, and update with them."""
     batch = dataset.sample(args.batch_size, generator)
-    noise = draw_noise(*batch.action.shape, args.flow_steps, generator)
-    return (bc_update if bc_only else update)(agent, optimizer, batch, noise, args)
+    noise = draw_noise(*batch.action.shape, args, generator)
+    return (bc_update if stage == "bc" else update)(agent, optimizer, batch, noise, args)
 
 
 def main(args: Args):
@@ -460,9 +469,9 @@ def main(args: Args):
         agent.load_state_dict(checkpoint["agent"])
         if checkpoint["step"] < bc_steps:
             agent.start_from_clone()
-        return common.evaluate_checkpoint(args, policy)
+        return common.evaluate_checkpoint(args, agent.noise_dim, policy)
 
-    run = common.Run(SCRIPT, args, sizes, device)
+    run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)
     if args.bc_checkpoint and not run.checkpoint:
         prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
         agent.actor_slow.load_state_dict(prior["actor_slow"])
@@ -482,30 +491,33 @@ def main(args: Args):
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
-        run.announce("bc", bc_steps - step, lambda: train_step(*trial, True, args))
-        run.announce("offline", total_steps - max(step, bc_steps), lambda: train_step(*trial, False, args))
+        run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
+        run.announce("offline", total_steps - max(step, bc_steps), lambda: train_step(*trial, "offline", args))
 
         run.begin(step, total_steps)
         if step == bc_steps == 0:
             run.evaluate("bc", 0, policy)
         while step < total_steps:
-            statistics = train_step(agent, optimizer, dataset, generator, step < bc_steps, args)
+            stage, stage_start = ("bc", 0) if step < bc_steps else ("offline", bc_steps)
+            statistics = train_step(agent, optimizer, dataset, generator, stage, args)
             step += 1
+            stage_step = step - stage_start
             run.tick()
-            stage, stage_step = ("bc", step) if step <= bc_steps else ("offline", step - bc_steps)
             stage_ends = step in (bc_steps, total_steps)
             if stage_ends or stage_step % args.log_interval == 0:
-                run.log(stage, stage_step, {**statistics, "trust_region/kl_budget": args.kl_budget})
+                run.log(stage, stage_step, statistics)
             if step == bc_steps:  # fine-tuning starts afresh, and so the same as one from --bc-checkpoint
                 agent.start_from_clone()
                 optimizer = agent.make_optimizer(args)
                 generator.manual_seed(args.seed)
                 run.save_bc(agent.actor_slow.state_dict())
-            evaluation_due = stage_ends or (stage == "offline" and stage_step % args.eval_interval == 0)
+            evaluation_due = stage_ends or (stage != "bc" and stage_step % args.eval_interval == 0)
             if evaluation_due:
                 run.evaluate(stage, stage_step, policy)
             if evaluation_due or stage_step % args.checkpoint_interval == 0:
-                run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())
+                run.save(
+                    agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
+                )  # fmt: skip
         run.finish(policy)
 
 

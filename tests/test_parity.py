@@ -15,17 +15,19 @@ import pytest
 import torch
 
 import common
+import qam_baseline
 import trqam_offline
 from conftest import parity_maxima
 
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(FOLDER.glob("*.npz"))
-SCRIPTS = {"trqam": trqam_offline}  # algo -> the script that implements it
-NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast")
+SCRIPTS = {"trqam": trqam_offline, "qam": qam_baseline}  # algo -> the script that implements it
+NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast", "edit_actor")
 TOLERANCE = 1e-5  # relative, norm-wise: float32 rounding, accumulated over the steps
 SPECIFIED = dict(
-    residual=False, clip_adj=True, use_target_grad=True, target_actor=True, value_layer_norm=True, bc_only=False
-)
+    residual=False, clip_adj=True, use_target_grad=True, target_actor=True, value_layer_norm=True, bc_only=False,
+    fql_alpha=0.0,
+)  # fmt: skip
 
 
 def test_there_is_something_to_compare_with():
@@ -43,11 +45,25 @@ def parameters(network):
             yield bias, f"layernorm_{i}/bias", lambda a: a[:, None]
         return
     same = lambda a: a
+    for head in ("mean", "log_std"):  # of the edit policy
+        if hasattr(network, head):
+            yield getattr(network, head).weight, f"{head}/kernel", lambda a: a.T
+            yield getattr(network, head).bias, f"{head}/bias", same
     dense = torch.nn.Linear, "dense", "kernel", lambda a: a.T
     for kind, name, weight, layout in (dense, (torch.nn.LayerNorm, "layernorm", "scale", same)):
         for i, layer in enumerate(layer for layer in network.net if isinstance(layer, kind)):
             yield layer.weight, f"{name}_{i}/{weight}", layout
             yield layer.bias, f"{name}_{i}/bias", same
+
+
+def named_parameters(agent):
+    """(parameter, its name in the recording, recorded array -> parameter's layout) for each parameter of an agent."""
+    for network in NETWORKS:
+        if hasattr(agent, network):
+            for parameter, name, layout in parameters(getattr(agent, network)):
+                yield parameter, f"{network}/{name}", layout
+    if hasattr(agent, "edit_actor"):
+        yield agent.edit_actor.log_alpha, "edit_alpha/log_value", lambda a: a
 
 
 class Recording:
@@ -74,7 +90,8 @@ class Recording:
 
     def args(self, script):
         meta, config = self.meta, self.config
-        names = dict(discount="gamma", lr="learning_rate")
+        names = dict(discount="gamma", lr="learning_rate", inv_temp="inverse_temperature")
+        names |= dict(edit_target_entropy_multiplier="entropy_scale")
         fields = script.Args.__dataclass_fields__
         settings = {names.get(key, key): value for key, value in config.items() if names.get(key, key) in fields}
         settings |= dict(hidden_dims=tuple(meta["hidden"]), num_critics=meta["num_critics"], chunk_length=meta["chunk"])
@@ -96,13 +113,17 @@ class Recording:
 
     def noise(self, script, step):
         get = lambda key: self[f"step{step}/noise/{key}"]
-        return script.Noise(
+        noise = script.Noise(
             next_action=get("next_action_noise"),
             flow_x0=get("flow_x0"),
             flow_t=get("flow_t"),
             sde_x0=get("sde_x0"),
             sde=get("sde_noise"),
         )
+        if not self.config.get("edit_scale"):
+            return noise
+        next_action = torch.cat([noise.next_action, get("next_edit_noise")], dim=-1)
+        return noise._replace(next_action=next_action, edit_x0=get("edit_flow_x0"), edit=get("edit_noise"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -120,11 +141,10 @@ def test_update_makes_the_recorded_numbers(path):
 
     agent = script.Agent(recording.meta["obs_dim"], recording.meta["chunk"] * recording.meta["action_dim"], args)
     with torch.no_grad():
-        for network in NETWORKS:
-            for parameter, name, layout in parameters(getattr(agent, network)):
-                recorded = layout(recording[f"init/{network}/{name}"])
-                assert parameter.shape == recorded.shape
-                parameter.copy_(recorded)
+        for parameter, name, layout in named_parameters(agent):
+            recorded = layout(recording[f"init/{name}"])
+            assert parameter.shape == recorded.shape
+            parameter.copy_(recorded)
     optimizer = agent.make_optimizer(args)
 
     for step in range(recording.meta["steps"]):
@@ -135,9 +155,8 @@ def test_update_makes_the_recorded_numbers(path):
         statistics = script.update(agent, optimizer, batch, noise, args)
         compare_statistics(recording, statistics, step)
 
-    for network in NETWORKS:
-        for parameter, name, layout in parameters(getattr(agent, network)):
-            recording.compare(f"final/{network}/{name}", parameter, layout(recording[f"final/{network}/{name}"]))
+    for parameter, name, layout in named_parameters(agent):
+        recording.compare(f"final/{name}", parameter, layout(recording[f"final/{name}"]))
 
     worst = max(recording.differences, key=recording.differences.get)
     parity_maxima[path.name] = worst, recording.differences[worst]
@@ -149,7 +168,7 @@ def test_update_makes_the_recorded_numbers(path):
 def compare_intermediate(recording, script, agent, batch, noise, args, step):
     s = batch.observation
     xs, x_final = script.memoryless_rollout(agent.actor_fast, agent.target_actor_slow, s, noise.sde_x0, noise.sde)
-    adjoint = script.terminal_adjoint(agent.target_critic, s, x_final)
+    adjoint = getattr(args, "inverse_temperature", 1.0) * script.terminal_adjoint(agent.target_critic, s, x_final)
     adjoints = script.lean_adjoint(agent.target_actor_slow, s, xs, adjoint)
     recording.compare("xs", xs, recording[f"step{step}/out/xs"])
     recording.compare("adjoints", adjoints, recording[f"step{step}/out/adjoints"])
@@ -165,11 +184,9 @@ def compare_gradients(recording, script, agent, optimizer, batch, noise, args, s
     unclipped = copy.copy(args)
     unclipped.max_grad_norm = math.inf
     script.update(twin, twin.make_optimizer(args), batch, noise, unclipped)
-    for network in ("critic", "actor_slow", "actor_fast"):
-        for parameter, name, layout in parameters(getattr(twin, network)):
-            recording.compare(
-                f"grad/{network}/{name}", parameter.grad, layout(recording[f"step{step}/grad/{network}/{name}"])
-            )
+    for parameter, name, layout in named_parameters(twin):
+        if parameter.requires_grad:
+            recording.compare(f"grad/{name}", parameter.grad, layout(recording[f"step{step}/grad/{name}"]))
 
 
 def compare_statistics(recording, statistics, step):
@@ -181,15 +198,26 @@ def compare_statistics(recording, statistics, step):
         "actor/adj_mean": "losses/adjoint_abs_mean",
         "actor/adj_std": "losses/adjoint_abs_std",
         "actor/adj_max": "losses/adjoint_abs_max",
-        "actor/path_kl": "trust_region/path_kl",
-        "lambda_raw": "trust_region/lambda",
-        "kl_ema": "trust_region/path_kl_ema",
     }
-    for theirs, ours in names.items():
-        recording.compare(theirs, statistics[ours], recorded(theirs))
-    total = sum(statistics[f"losses/{name}"] for name in ("critic_loss", "bc_loss", "adjoint_matching_loss"))
-    recording.compare("total_loss", total, recorded("total_loss"))
-    # A mean of Q values of either sign can be near 0, so these three are measured against the largest |Q|.
+    if recording.meta["algo"] == "trqam":
+        names |= {
+            "actor/path_kl": "trust_region/path_kl",
+            "lambda_raw": "trust_region/lambda",
+            "kl_ema": "trust_region/path_kl_ema",
+        }
+    terms = ["critic_loss", "bc_loss", "adjoint_matching_loss"]
+    if recording.config.get("edit_scale"):
+        names |= {f"actor/{name}": f"losses/{name}" for name in ("edit_alpha", "edit_entropy")}
+        edit_terms = ["edit_q_loss", "edit_entropy_loss", "edit_alpha_loss"]
+        names |= {f"actor/{name}": f"losses/{name}" for name in edit_terms}
+        terms += edit_terms
+    # A sum or a mean of terms of either sign can be near 0, so these are measured against the terms' size.
     largest = max(abs(float(recorded("critic/q_min"))), abs(float(recorded("critic/q_max"))))
+    sizes = {"actor/edit_q_loss": largest}
+    for theirs, ours in names.items():
+        recording.compare(theirs, statistics[ours], recorded(theirs), scale=sizes.get(theirs))
+    total = sum(statistics[f"losses/{name}"] for name in terms)
+    size = sum(float(statistics[f"losses/{name}"].abs()) for name in terms)
+    recording.compare("total_loss", total, recorded("total_loss"), scale=size)
     for name in ("q_mean", "q_min", "q_max"):
         recording.compare(name, statistics[f"losses/{name}"], recorded(f"critic/{name}"), scale=largest)
