@@ -450,8 +450,8 @@ class ReplayBuffer(ChunkDataset):
         on_device = lambda array: torch.as_tensor(array, dtype=torch.float32, device=self.observations.device)
         self.observations[row], self.observations[row + 1] = on_device(observation), on_device(next_observation)
         self.actions[row] = on_device(action)
-        self.rewards[row] = -float(reward != 0) if self.sparse else reward
-        self.masks[row] = mask
+        self.rewards[row] = -float(reward != 0) if self.sparse else float(reward)
+        self.masks[row] = float(mask)
         self.size += 1
         if done:
             self.ends[self.episodes] = self.size
@@ -982,6 +982,11 @@ def check_settings(args: Any):
             raise UserError(f"{flag_of(name)} must be at most {most} here, not {getattr(args, name)}")
     if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
+    if getattr(args, "balanced_sampling", False) and args.online_start < args.chunk_length:
+        raise UserError(
+            f"--online-start {args.online_start} leaves no whole chunk for --balanced-sampling: at least "
+            f"{args.chunk_length} steps must come before the first update"
+        )
 
 
 def quiet_cli(args_class: type, default: Any) -> Any:

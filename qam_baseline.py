@@ -69,13 +69,13 @@ class Args:
     checkpoint: str = ""
     """the checkpoint.pt that --eval-only reads"""
     eval_interval: int = 50_000
-    """offline updates, or online steps, between evaluations"""
+    """fine-tuning steps between evaluations"""
     eval_episodes: int = 50
     """episodes of one evaluation"""
     log_interval: int = 1_000
-    """updates, or online steps, between rows of train.csv"""
+    """steps between rows of train.csv"""
     checkpoint_interval: int = 10_000
-    """updates, or online steps, between checkpoints; one is also written at each evaluation"""
+    """steps between checkpoints; one is also written at each evaluation"""
     capture_video: bool = False
     """film the first episodes of the last evaluation (mp4; needs EGL)"""
     track: bool = False

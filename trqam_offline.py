@@ -69,13 +69,13 @@ class Args:
     checkpoint: str = ""
     """the checkpoint.pt that --eval-only reads"""
     eval_interval: int = 50_000
-    """offline updates between evaluations"""
+    """fine-tuning steps between evaluations"""
     eval_episodes: int = 50
     """episodes of one evaluation"""
     log_interval: int = 1_000
-    """updates between rows of train.csv"""
+    """steps between rows of train.csv"""
     checkpoint_interval: int = 10_000
-    """updates between checkpoints; one is also written at each evaluation"""
+    """steps between checkpoints; one is also written at each evaluation"""
     capture_video: bool = False
     """film the first episodes of the last evaluation (mp4; needs EGL)"""
     track: bool = False
@@ -85,7 +85,7 @@ class Args:
     bc_steps: int = 300_000
     """updates of the behaviour-cloning stage"""
     offline_steps: int = 1_000_000
-    """updates of the fine-tuning stage"""
+    """updates of the offline fine-tuning stage"""
     batch_size: int = 256
     """chunks in a batch, B"""
     learning_rate: float = 3e-4

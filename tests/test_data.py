@@ -64,6 +64,65 @@ def test_batches_are_those_of_the_slow_version(lengths, chunk_length, sparse):
         assert 0 < batch.valid.mean() < 1  # ends inside chunks did occur
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("stop", [1, 4, 5, 11, 12])  # within, and at the end of, online episodes
+def test_a_buffer_that_grew_equals_one_of_the_same_rows(stop, sparse):
+    offline, online = file_of_episodes((6, 9)), file_of_episodes((5, 2, 8), seed=1)
+    settings = dict(chunk_length=3, gamma=0.9, sparse=sparse)
+    for data in (offline, online):
+        data["actions"] = data["actions"].clip(-0.9, 0.9)  # a dataset's actions are clipped, online ones are kept
+    buffer = common.ReplayBuffer(**offline, **settings)
+    buffer.make_room(20)
+    appended = 0
+    for row in np.flatnonzero(~online["terminals"])[:stop]:
+        following = online["observations"][row + 1]
+        rows = [online[key][row] for key in ("observations", "actions", "rewards", "masks")]
+        buffer.append(*rows, following, online["terminals"][row + 1])
+        appended = row + 2  # rows of the file that are in the buffer by now
+    data = {key: np.concatenate([offline[key], online[key][:appended]]) for key in offline}
+    same = common.ChunkDataset(**data, **settings)
+    assert buffer.size == same.size == 13 + stop
+    starts = torch.arange(same.size - 2)
+    for ours, expected in zip(buffer.chunks(starts), same.chunks(starts), strict=True):
+        assert torch.equal(ours, expected)
+
+    copy = common.ReplayBuffer(**offline, **settings)
+    copy.make_room(20)
+    copy.load_online_rows(buffer.online_rows())
+    assert (copy.size, copy.episodes) == (buffer.size, buffer.episodes)
+    assert all(torch.equal(a, b) for a, b in zip(copy.chunks(starts), buffer.chunks(starts)))
+    row = np.zeros(3), np.zeros(2), -1.0, 1.0, np.ones(3)
+    for grown in (copy, buffer):  # both go on alike
+        grown.append(*row, done=True)
+    assert all(torch.equal(a, b) for a, b in zip(copy.chunks(starts + 1), buffer.chunks(starts + 1)))
+
+
+def test_balanced_batches_are_half_of_each_part():
+    buffer = common.ReplayBuffer(**file_of_episodes((50,)), chunk_length=3, gamma=0.9)
+    buffer.make_room(5)
+    for value in range(5):
+        buffer.append(np.full(3, 100.0 + value), np.zeros(2), 0.0, 1.0, np.zeros(3), done=False)
+    first = buffer.sample_balanced(1001, torch.Generator().manual_seed(0)).observation[:, 0]
+    assert (first < 50).sum() == 500
+    assert set(first[first > 50].tolist()) == {100.0, 101.0, 102.0}  # whole chunks of the online part
+    uniform = buffer.sample(1000, torch.Generator().manual_seed(0)).observation[:, 0]
+    assert 30 < (uniform > 50).sum() < 110  # 3 starts of 52
+
+
+def test_a_played_again_episode_is_the_same():
+    env_id = "pointmaze-medium-navigate-singletask-task1-v0"
+    first, second = (common.OnlineEnvironment(env_id, seed) for seed in (3, 3))
+    actions = np.random.default_rng(0).uniform(-1, 1, (30, 2)).astype(np.float32)
+    for action in actions[:20]:
+        first.step(action)
+    second.load_state_dict(first.state_dict())
+    for action in actions[20:]:
+        ours, theirs = first.step(action), second.step(action)
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
+    assert not np.array_equal(first.observation, common.OnlineEnvironment(env_id, 4).observation)
+    first.close(), second.close()
+
+
 def test_chunk_starts_are_uniform_over_all_transitions():
     dataset = common.ChunkDataset(**file_of_episodes((6, 5)), chunk_length=3, gamma=1.0)
     batch = dataset.sample(70_000, torch.Generator().manual_seed(0))

@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 
 import common
+import qam_baseline
 import trqam_offline
 
-SCRIPTS = [trqam_offline]
+SCRIPTS = [trqam_offline, qam_baseline]
 B, O, A, K = 6, 4, 3, 10
 H = 1 / K
 
@@ -184,8 +185,9 @@ def tilted(temperature):
 def train_on_gaussian(script, args, updates):
     """Run `update` with the true Q and prior in place of networks; nothing but the policy (and lambda) can change."""
     agent = script.Agent(1, 2, args)
-    agent.critic, agent.target_critic = QuadraticCritic(), QuadraticCritic()
-    agent.actor_slow, agent.target_actor_slow, agent.actor_fast = GaussianPrior(), GaussianPrior(), LinearPolicy()
+    agent.critic, agent.target_critic = QuadraticCritic(), QuadraticCritic().requires_grad_(False)
+    agent.actor_slow, agent.target_actor_slow = GaussianPrior(), GaussianPrior().requires_grad_(False)
+    agent.actor_fast = LinearPolicy()
     optimizer = agent.make_optimizer(args)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, eta_min=1e-4)
     generator = torch.Generator().manual_seed(0)
@@ -194,10 +196,16 @@ def train_on_gaussian(script, args, updates):
     batch = common.Batch(torch.zeros(n, 1), torch.zeros(n, 2), zeros, zeros, torch.zeros(n, 1), valid=zeros)
     history = []
     for _ in range(updates):
-        noise = script.draw_noise(n, 2, STEPS, generator)
+        noise = script.draw_noise(n, 2, args, generator)
         history.append(script.update(agent, optimizer, batch, noise, args))
         schedule.step()
     return agent, history
+
+
+FIXED = {  # settings that hold the temperature at 1.5
+    trqam_offline: dict(eta_lambda=0.0, lam_scale=1.5, kl_budget=1.0),
+    qam_baseline: dict(inverse_temperature=1 / 1.5),
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -210,9 +218,7 @@ def test_converges_to_the_tilted_gaussian_at_a_fixed_temperature(script):
         batch_size=512,
         max_grad_norm=1e6,
         learning_rate=0.05,
-        eta_lambda=0.0,
-        lam_scale=1.5,
-        kl_budget=1.0,
+        **FIXED[script],
     )
     agent, history = train_on_gaussian(script, args, updates=400)
     mean, variance, kl = tilted(temperature=1.5)
@@ -221,7 +227,6 @@ def test_converges_to_the_tilted_gaussian_at_a_fixed_temperature(script):
         noise = torch.randn(n, 2), torch.randn(STEPS, n, 2)
         _, prior_actions = script.memoryless_rollout(agent.target_actor_slow, agent.target_actor_slow, s, *noise)
         _, actions = script.memoryless_rollout(agent.actor_fast, agent.actor_fast, s, *noise)
-    assert agent.lam == 1
     torch.testing.assert_close(prior_actions.var(0), torch.full((2,), prior_variance()), rtol=0.02, atol=0)
     torch.testing.assert_close(actions.mean(0), mean, rtol=0.05, atol=0)
     torch.testing.assert_close(actions.var(0), variance, rtol=0.05, atol=0)
@@ -231,8 +236,8 @@ def test_converges_to_the_tilted_gaussian_at_a_fixed_temperature(script):
     torch.testing.assert_close(realised, kl, rtol=0.08, atol=0)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_lambda_settles_where_the_optimum_spends_the_budget(script):
+def test_lambda_settles_where_the_optimum_spends_the_budget():
+    script = trqam_offline
     temperature = 2.0
     budget = float(tilted(temperature)[2]) / 4
     args = script.Args(
@@ -255,8 +260,8 @@ def test_lambda_settles_where_the_optimum_spends_the_budget(script):
     torch.testing.assert_close(args.lam_scale * lam.mean(), torch.tensor(temperature), rtol=0.05, atol=0)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range(script):
+def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range():
+    script = trqam_offline
     args = script.Args(hidden_dims=(4,), kl_budget=0.5, lambda_min=0.9, lambda_max=1.1, eta_lambda=1.0)
     for kl, expected in ((100.0, 1.1), (0.0, 0.9)):
         agent = script.Agent(2, 2, args)
@@ -266,3 +271,51 @@ def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range(scr
         for _ in range(50):
             script.dual_descent(agent, torch.tensor(kl), args)
         torch.testing.assert_close(agent.lam, torch.tensor(expected))
+
+
+# QAM-E's edits.
+
+
+def test_the_edits_density_is_that_of_a_squashed_gaussian():
+    """log pi against the change of variables by autograd, and its entropy-of-one-number integral: a density's mass is 1."""
+    edits = qam_baseline.EditPolicy(O, A, (16, 16))
+    s, a, noise = torch.randn(B, O), torch.randn(B, A), torch.randn(B, A)
+    edit, log_prob = edits(s, a, noise)
+    normal = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda s, a, z: edits(s[None], a[None], z[None])[0][0], 2))(s, a, noise)
+    torch.testing.assert_close(log_prob, normal - torch.linalg.slogdet(jacobian)[1])
+    assert (edit.abs() < 1).all()
+    # Far out tanh is 1 to the last digit and its slope 0; the log-density still is finite.
+    assert torch.isfinite(edits(s, a, 100 + noise)[1]).all()
+
+
+def test_edits_stay_within_their_scale_and_the_action_space():
+    args = qam_baseline.Args(hidden_dims=(16,), num_critics=2, edit_scale=0.25)
+    agent = qam_baseline.Agent(O, A, args)
+    s, noise = torch.randn(500, O), torch.randn(500, 2 * A)
+    flow = qam_baseline.ode_sample(agent.actor_fast, s, noise[:, :A], args.flow_steps)
+    action = qam_baseline.policy_action(agent, s, noise, args)
+    assert action.abs().max() <= 1 and 0.1 < (action - flow).abs().max() <= 0.25
+    with_other_edits = qam_baseline.policy_action(agent, s, torch.cat([noise[:, :A], noise[:, A:] + 1], 1), args)
+    assert not torch.equal(action, with_other_edits)
+
+
+def test_edit_loss_trains_the_edits_alone_and_steers_their_entropy():
+    args = qam_baseline.Args(hidden_dims=(16,), num_critics=2, edit_scale=0.25, entropy_scale=0.5, flow_steps=3)
+    agent = qam_baseline.Agent(O, A, args)
+    noise = qam_baseline.draw_noise(64, A, args, torch.Generator().manual_seed(0))
+    loss, statistics = qam_baseline.edit_loss(agent, torch.randn(64, O), noise, args)
+    loss.backward()
+    trained = {name for name, parameter in agent.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in agent.named_parameters() if name.startswith("edit_actor.")}
+    # d/d log alpha of alpha (entropy - target): alpha falls while the entropy is above -A/2, and rises below it.
+    expected = float(statistics["losses/edit_entropy"]) + 0.5 * A
+    torch.testing.assert_close(float(agent.edit_actor.log_alpha.grad), expected)
+
+
+def test_without_edits_both_scripts_draw_the_same_noise():
+    """So that TRQAM and QAM with one seed see the same batches and the same noise."""
+    ours, theirs = (
+        script.draw_noise(5, 3, script.Args(flow_steps=4), torch.Generator().manual_seed(1)) for script in SCRIPTS
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))

@@ -11,15 +11,18 @@ import time
 import urllib.error
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 
 import common
+import qam_baseline
 import trqam_offline
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"trqam_offline": trqam_offline}
+SCRIPTS = {"trqam_offline": trqam_offline, "qam_baseline": qam_baseline}
+STRENGTH = {"trqam_offline": "--kl-budget", "qam_baseline": "--inverse-temperature"}  # of fine-tuning; above 0
 ENV = "pointmaze-medium-navigate-singletask-task1-v0"
 ANTMAZE = "antmaze-large-navigate-singletask-task1-v0"
 TINY = (
@@ -60,17 +63,21 @@ def differences(first, second):
     """Names of what differs between two finished runs; the clock's column aside."""
     found = []
     ours, theirs = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (first, second))
-    for key in ("step", "sizes"):
-        found += [key] if ours[key] != theirs[key] else []
-    found += [key for key in ours["agent"] if not torch.equal(ours["agent"][key], theirs["agent"][key])]
-    found += ["generator"] if not torch.equal(ours["generator"], theirs["generator"]) else []
-    for number, state in ours["optimizer"]["state"].items():
-        other = theirs["optimizer"]["state"][number]
-        found += [f"adam {number} {key}" for key in state if not torch.equal(state[key], other[key])]
+    for key in ours.keys() - {"args", "seconds"}:
+        found += unequal(key, ours[key], theirs[key])
     for table in ("train.csv", "eval.csv"):
         ours, theirs = ([{**row, "charts/SPS": ""} for row in rows(run / table)] for run in (first, second))
         found += [table] if ours != theirs else []
     return found
+
+
+def unequal(name, ours, theirs):
+    """Names of what differs between two nested values."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        return sum((unequal(f"{name} {key}", ours[key], theirs[key]) for key in ours), [])
+    same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    return [] if same else [name]
 
 
 class Killed(BaseException):
@@ -101,6 +108,82 @@ def test_a_stopped_and_resumed_run_equals_an_untouched_one(script, dataset, tmp_
     assert len(differences(tmp_path / "whole", tmp_path / "other")) > 10  # the comparison does see differences
 
 
+ONLINE = "--online-steps 31 --online-start 10 --balanced-sampling --edit-scale 0.3 --best-of-n 2".split()
+
+
+def test_the_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(dataset, tmp_path, monkeypatch):
+    short_episodes(monkeypatch)
+    flags = [*TINY, "--dataset-path", dataset, *ONLINE]
+    assert start("qam_baseline", monkeypatch, *flags, "--run-dir", "whole") is None
+    tick = common.Run.tick
+    for stop_after in (39, 48, 57):  # when only collecting, and when updating as well: 12 + 18 steps come before
+        count = iter(range(1, 1000))
+
+        def stopping_tick(run, stop_after=stop_after, count=count):
+            tick(run)
+            if next(count) == stop_after:
+                raise Killed
+
+        run_dir = f"stopped-{stop_after}"
+        monkeypatch.setattr(common.Run, "tick", stopping_tick)
+        with pytest.raises(Killed):
+            start("qam_baseline", monkeypatch, *flags, "--run-dir", run_dir)
+        monkeypatch.setattr(common.Run, "tick", tick)
+        assert start("qam_baseline", monkeypatch, *flags, "--run-dir", run_dir, "--resume") is None
+        assert differences(tmp_path / "whole", tmp_path / run_dir) == []
+    state = torch.load("whole/checkpoint.pt", weights_only=True)
+    assert len(state["online_rows"]["ends"]) == 4  # 31 steps of 7-step episodes
+    assert len(state["online_rows"]["rewards"]) == 31 + 4 + 1 and state["environment"]["episode"] == 4
+    evaluated = [(row["stage"], int(row["step"])) for row in rows(Path("whole/eval.csv"))]
+    assert evaluated[3:] == [("online", 9), ("online", 18), ("online", 27), ("online", 31)]
+    train = {int(row["step"]): row for row in rows(Path("whole/train.csv")) if row["stage"] == "online"}
+    assert train[9]["losses/critic_loss"] == "" and float(train[12]["losses/critic_loss"]) > 0
+    assert float(train[9]["charts/online_length"]) == 7
+
+    # Going online later is the same as going online at once; fewer steps than are done cannot be asked for.
+    offline = [*TINY, "--dataset-path", dataset, *ONLINE, "--online-steps", 0, "--run-dir", "later"]
+    assert start("qam_baseline", monkeypatch, *offline) is None
+    assert start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", "--online-steps", 31) is None
+    assert differences(tmp_path / "whole", tmp_path / "later") == []
+    said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", "--online-steps", 9)
+    assert said.startswith("error: --online-steps") and "\n" not in said
+    said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", "--offline-steps", 99)
+    assert "--offline-steps 18" in said
+
+
+def short_episodes(monkeypatch):
+    """Time is up after 7 steps of an episode, in this process."""
+    make = common.make_env
+    truncated = lambda *words, **settings: gymnasium.wrappers.TimeLimit(make(*words, **settings), 7)
+    monkeypatch.setattr(common, "make_env", truncated)
+
+
+class Corridor:
+    """Stands in for an environment: each third step ends its episode."""
+
+    observation = np.zeros(2)
+
+    def __init__(self):
+        self.actions = []
+
+    def step(self, action):
+        self.actions.append(float(action[0]))
+        return self.observation, action, -1.0, 1.0, self.observation, len(self.actions) % 3 == 0
+
+
+def test_an_episodes_end_drops_the_rest_of_its_chunk(dataset, monkeypatch):
+    data, _ = common.load_dataset(ENV, chunk_length=2, gamma=0.9, dataset_path=str(dataset))
+    data.make_room(8)
+    chunks = iter(torch.arange(20.0).view(10, 2))  # one number an action, two actions a chunk
+    monkeypatch.setattr(qam_baseline, "act", lambda *_: next(chunks))
+    args, environment, chunk = qam_baseline.Args(chunk_length=2), Corridor(), np.empty((0, 1))
+    agent = qam_baseline.Agent(2, 4, qam_baseline.Args(hidden_dims=(4,)))
+    for _ in range(8):
+        chunk = qam_baseline.online_step(agent, data, environment, chunk, torch.Generator(), args)
+    assert environment.actions == [0, 1, 2, 4, 5, 6, 8, 9]  # 3 and 7 were never executed
+    assert len(chunk) == 0 and data.size == 2008 and data.episodes == 4
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, monkeypatch):
     flags = [*TINY, "--dataset-path", str(dataset), "--bc-steps", "60", "--offline-steps", "400"]
@@ -119,10 +202,11 @@ def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, mon
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, dataset, tmp_path, monkeypatch, capsys):
     flags = [*TINY, "--dataset-path", dataset]
-    assert start(script, monkeypatch, *flags, "--run-dir", "first", "--kl-budget", 0.7) is None
+    strength = [STRENGTH[script], 0.7]
+    assert start(script, monkeypatch, *flags, "--run-dir", "first", *strength) is None
     run = tmp_path / "first"
     config = json.loads((run / "config.json").read_text())
-    assert config["script"] == script and config["args"]["kl_budget"] == 0.7
+    assert config["script"] == script and config["args"][strength[0][2:].replace("-", "_")] == 0.7
     assert config["dataset"]["sha256"] == common.file_hash(dataset) and config["dataset"]["transitions"] == 2000
     assert config["versions"]["ogbench"] == "1.2.2" and config["hardware"]["cores"] == os.cpu_count()
     header = (run / "eval.csv").read_text().splitlines()[0]
@@ -132,14 +216,16 @@ def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, d
     train = rows(run / "train.csv")
     assert [int(row["step"]) for row in train] == [3, 6, 9, 12, 3, 6, 9, 12, 15, 18]
     assert all(np.isfinite(float(row["losses/bc_loss"])) for row in train)
-    for key in ("path_kl", "path_kl_ema", "closed_form_kl", "lambda", "kl_budget"):
+    keys = ["path_kl", "closed_form_kl"]
+    keys += ["path_kl_ema", "lambda", "kl_budget"] if script == "trqam_offline" else []
+    for key in keys:
         assert float(train[-1][f"trust_region/{key}"]) > 0
     assert float(train[-1]["losses/grad_norm"]) > 0 and float(train[-1]["charts/SPS"]) > 0
     assert list(run.glob("events.out.tfevents.*")) and (run / "learning_curve.png").stat().st_size > 10_000
     assert "behaviour cloning" in capsys.readouterr().out
 
     # The prior: fine-tuning from the file is the same as fine-tuning at once.
-    prior = ["--bc-checkpoint", run / "bc_checkpoint.pt", "--kl-budget", 0.7]
+    prior = ["--bc-checkpoint", run / "bc_checkpoint.pt", *strength]
     assert start(script, monkeypatch, *flags, "--run-dir", "second", *prior) is None
     ours, theirs = (torch.load(f"{name}/checkpoint.pt", weights_only=True)["agent"] for name in ("first", "second"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -165,7 +251,7 @@ def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
         common.parse_args(module.Args, module.settings, script),
     )[1]
     args = parse("--env-id", "cube-triple-play-singletask-task2-v0")
-    assert (args.kl_budget, args.hidden_dims, args.actor_layer_norm, args.chunk_length) == (0.5, (1024,) * 4, True, 5)
+    assert (args.hidden_dims, args.actor_layer_norm, args.chunk_length) == ((1024,) * 4, True, 5)
     args = parse("--env-id", "humanoidmaze-medium-navigate-singletask-task1-v0", "--rho", "0.3")
     assert (args.gamma, args.rho, args.chunk_length, args.sparse_reward) == (0.999, 0.3, 1, False)
     args = parse("--env-id", "puzzle-3x3-play-singletask-task1-v0", "--no-sparse-reward")
@@ -176,6 +262,16 @@ def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
     assert all(getattr(quick, name) == value for name, value in module.QUICK.items() if name != "bc_steps")
     assert parse("quick", "--env-id", ENV).env_id == ENV
     assert parse("--env-id", ENV) == module.Args(env_id=ENV)  # not a known domain: the general defaults
+    domain = ["--env-id", "cube-quadruple-play-singletask-task1-v0"]
+    if script == "trqam_offline":
+        assert parse("--env-id", "humanoidmaze-medium-navigate-singletask-task1-v0").kl_budget == 0.5
+        assert parse(*domain).kl_budget == 1.0
+    else:
+        assert parse(*domain).inverse_temperature == 1.0
+        assert parse(*domain, "--edit-scale", "0.1").inverse_temperature == 3.0  # QAM-E's own
+        assert parse(*domain, "--edit-scale", "0.1", "--inverse-temperature", "2").inverse_temperature == 2.0
+        assert module.EDIT_TEMPERATURES.keys() == module.DOMAINS.keys()
+    assert module.DOMAINS.keys() == trqam_offline.DOMAINS.keys()
 
 
 def saved(tmp_path, **changes):
@@ -186,6 +282,12 @@ def saved(tmp_path, **changes):
     actor = trqam_offline.Agent(2, 8, args).actor_slow.state_dict()
     torch.save(dict(kind="bc", sizes=sizes, actor_slow=actor), tmp_path / "bc.pt")
     return tmp_path / "bc.pt"
+
+
+def of_trqam(tmp_path):
+    """A checkpoint.pt that trqam_offline.py might have written."""
+    torch.save(dict(kind="trqam_offline", sizes={}, args={}, agent={}), tmp_path / "trqam.pt")
+    return tmp_path / "trqam.pt"
 
 
 def broken(tmp_path, dataset, **changes):
@@ -204,8 +306,8 @@ def not_finite(dataset):
 BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the one line must hold)
     "unknown environment": (lambda t, d: ["--env-id", "scene-play-singletask-task9-v0"], ["--env-id", "did you mean"]),
     "environment without a task": (lambda t, d: ["--env-id", "scene-play-v0"], ["--env-id", "did you mean"]),
-    "unknown flag": (lambda t, d: ["--kl-budgett", "1"], ["--kl-budgett", "did you mean --kl-budget"]),
-    "no number": (lambda t, d: ["--kl-budget", "much"], ["--kl-budget", "much"]),
+    "unknown flag": (lambda t, d: ["--num-criticss", "1"], ["--num-criticss", "did you mean --num-critics"]),
+    "no number": (lambda t, d: ["--rho", "much"], ["--rho", "much"]),
     "unknown preset": (lambda t, d: ["quickly"], ["quickly", "quick"]),
     "no dataset": (lambda t, d: ["--dataset-path", t / "none.npz"], ["--dataset-path", "none.npz", "does not exist"]),
     "empty folder": (lambda t, d: ["--dataset-path", t], ["--dataset-path", "holds no .npz"]),
@@ -258,15 +360,11 @@ BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the 
         ["domain scene-play", "domain pointmaze-medium-navigate"],
     ),
     "other chunk": (lambda t, d: ["--bc-checkpoint", saved(t, chunk_length=5)], ["chunk_length 5", "chunk_length 4"]),
-    "no budget": (lambda t, d: ["--kl-budget", 0], ["--kl-budget", "greater than 0"]),
-    "budget not a number": (lambda t, d: ["--kl-budget", "nan"], ["--kl-budget", "greater than 0"]),
-    "bracket reversed": (lambda t, d: ["--lambda-min", 3, "--lambda-max", 2], ["--lambda-min", "--lambda-max", "swap"]),
     "wrong maze": (
         lambda t, d: ["--env-id", ENV.replace("medium", "large")],
         ["collected as pointmaze-medium-navigate-v0", "needs pointmaze-large-navigate-v0"],
     ),
     "seed too large": (lambda t, d: ["--seed", 2**64], ["--seed", "at most"]),
-    "endless lambda": (lambda t, d: ["--lambda-max", "nan"], ["--lambda-max", "greater than 0"]),
     "more batch than collected": (
         lambda t, d: ["--dataset-path", "", "--collect-episodes", 1, "--batch-size", 5000, "--dataset-dir", d.parent],
         ["--batch-size", "1000 transitions"],
@@ -277,12 +375,42 @@ BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the 
     "evaluate what": (lambda t, d: ["--eval-only"], ["--eval-only", "--checkpoint"]),
     "checkpoint for what": (lambda t, d: ["--checkpoint", d], ["--eval-only", "--checkpoint"]),
 }
+BAD_FOR = {  # the same, for one script
+    "trqam_offline": {
+        "no budget": (lambda t, d: ["--kl-budget", 0], ["--kl-budget", "greater than 0"]),
+        "budget not a number": (lambda t, d: ["--kl-budget", "nan"], ["--kl-budget", "greater than 0"]),
+        "bracket reversed": (
+            lambda t, d: ["--lambda-min", 3, "--lambda-max", 2],
+            ["--lambda-min", "--lambda-max", "swap"],
+        ),
+        "endless lambda": (lambda t, d: ["--lambda-max", "nan"], ["--lambda-max", "greater than 0"]),
+    },
+    "qam_baseline": {
+        "no temperature": (lambda t, d: ["--inverse-temperature", 0], ["--inverse-temperature", "greater than 0"]),
+        "edits below 0": (lambda t, d: ["--edit-scale", -0.1], ["--edit-scale", "between 0 and 1", "-0.1"]),
+        "edits above 1": (lambda t, d: ["--edit-scale", 1.5], ["--edit-scale", "between 0 and 1", "1.5"]),
+        "edits not a number": (lambda t, d: ["--edit-scale", "nan"], ["--edit-scale", "between 0 and 1"]),
+        "steps below 0": (lambda t, d: ["--online-steps", -1], ["--online-steps", "0 or greater"]),
+        "no chunk to balance with": (
+            lambda t, d: ["--online-steps", 9, "--online-start", 3, "--balanced-sampling"],
+            ["--online-start 3", "--balanced-sampling", "4"],
+        ),
+        "another algorithm's checkpoint as prior": (
+            lambda t, d: ["--bc-checkpoint", of_trqam(t)],
+            ["--bc-checkpoint", "is a trqam_offline checkpoint", "one of bc is needed"],
+        ),
+        "another algorithm's checkpoint to evaluate": (
+            lambda t, d: ["--eval-only", "--checkpoint", of_trqam(t)],
+            ["--checkpoint", "is a trqam_offline checkpoint", "one of qam_baseline is needed"],
+        ),
+    },
+}
+CASES = [(script, case) for script in SCRIPTS for case in (*BAD, *BAD_FOR[script])]
 
 
-@pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, case", CASES)
 def test_bad_input_is_one_line_before_anything_is_written(script, case, dataset, tmp_path, monkeypatch, capfd):
-    flags, words = BAD[case]
+    flags, words = (BAD | BAD_FOR[script])[case]
     flags = flags(tmp_path, dataset)
     before = sorted(tmp_path.rglob("*"))
     said = start(script, monkeypatch, *TINY, "--dataset-path", dataset, *flags)
@@ -314,7 +442,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, 
     assert start(script, monkeypatch, *flags) is None
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert "not empty" in start(script, monkeypatch, *flags)
-    assert "--kl-budget 1.0" in start(script, monkeypatch, *flags, "--resume", "--kl-budget", 2.0)
+    assert f"{STRENGTH[script]} 1.0" in start(script, monkeypatch, *flags, "--resume", STRENGTH[script], 2.0)
     (tmp_path / "other.npz").write_bytes(broken(tmp_path, dataset, qvel=None).read_bytes())
     said = start(script, monkeypatch, "--run-dir", "run", "--resume", "--dataset-path", "other.npz")
     assert "--resume: the run began on" in said and said.count("sha256") == 2
@@ -332,6 +460,9 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, 
     said = start(script, monkeypatch, *flags, "--resume")
     assert "checkpoint.pt is damaged" in said and "\n" not in said
     Path("run/checkpoint.pt").write_bytes(whole)
+    other = next(other for other in SCRIPTS if other != script)
+    said = start(other, monkeypatch, *flags, "--resume")
+    assert f"is one of {script}.py, not of {other}.py" in said and "\n" not in said
     assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
 
 

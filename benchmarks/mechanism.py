@@ -1,0 +1,350 @@
+"""Why a trust region: TRQAM against QAM, on the quick preset's task, in one figure and one table.
+
+    python benchmarks/mechanism.py               # one seed
+    python benchmarks/mechanism.py --seeds 3     # the committed figure
+    python benchmarks/mechanism.py --full        # prints the commands of the same runs at full size, for a GPU
+
+All runs are runs of `trqam_offline.py` and `qam_baseline.py` with the quick preset, fine-tuned from one cloned policy per
+seed. Finished ones are kept in --runs-dir and reused; one that was stopped is resumed. What the study changes in a script,
+it changes from outside, here:
+
+critic error: the critic that steers the policy is Q + e f, with f a fixed random function of (s, a) of mean 0 and variance 1
+    (256 random Fourier features of a Gaussian kernel; its length scale is 1 in each action number and 1 in each number of
+    the observation; seeded by the run's seed). So e is the critic's root-mean-square error, and also the root mean square
+    of each number of its gradient's error. The loss that trains the critic is untouched: the error is in (E7) alone.
+external penalty: QAM's loss plus b KL, KL the path KL (E11) of the batch, with b >= 0 moved by the same dual descent that
+    moves TRQAM's lambda, at its own rate: b <- b + 5 (D - budget). At the regression's optimum it divides QAM's inverse
+    temperature by 1 + b h / (2 c).
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import importlib
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import common
+
+BUDGETS = (0.1, 0.5, 1.5)
+TEMPERATURES = (1.0, 3.0, 10.0)
+ERRORS = (1.0, 3.0)
+COMPARED_BUDGET, COMPARED_TEMPERATURE = 0.5, 3.0  # of the runs with a wrong critic, and of the constant lambda
+PENALISED_TEMPERATURE = 10.0  # of the runs with an external penalty: QAM alone goes far over the budget with it
+
+
+@dataclass
+class Args:
+    seeds: int = 1
+    """seeds 0 ... seeds - 1 of every setting"""
+    updates: int = 2_000
+    """fine-tuning updates of each run"""
+    runs_dir: str = "runs/mechanism"
+    """folder of the runs; finished ones in it are reused"""
+    output: str = "runs/mechanism"
+    """folder of mechanism.png and mechanism.md"""
+    workers: int = os.cpu_count()
+    """runs trained at the same time, one thread each"""
+    full: bool = False
+    """print the commands of the settings that need no change from outside, at full size, and stop"""
+
+
+@dataclass
+class Setting:
+    name: str  # of its folder, with the seed behind it
+    label: str
+    script: str
+    flags: list[str]
+    change: Callable[[Any, int], None] | None = None  # of the script's module, given the seed
+    after: str = ""  # the setting whose mean lambda this one keeps constant
+    curves: list[str] = field(default_factory=list)  # panels it is drawn in
+
+
+def random_function(seed: int, observation_dim: int, action_dim: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """f(s [B, O], a [B, A]) -> [B], of mean 0 and variance 1 over such functions: see this file's head."""
+    generator = torch.Generator().manual_seed(seed)
+    frequencies = torch.randn(observation_dim + action_dim, 256, generator=generator)
+    phases = 2 * torch.pi * torch.rand(256, generator=generator)
+    amplitude = (2 / 256) ** 0.5
+    return lambda s, a: amplitude * torch.cos(torch.cat([s, a], dim=-1) @ frequencies.to(a) + phases.to(a)).sum(-1)
+
+
+@dataclass
+class CriticError:
+    """Makes the critic that steers the policy wrong by `size` (root mean square)."""
+
+    size: float
+
+    def __call__(self, script: Any, seed: int):
+        exact = script.terminal_adjoint
+
+        def terminal_adjoint(critic, observation: Tensor, x: Tensor) -> Tensor:
+            f = random_function(seed, observation.shape[-1], x.shape[-1])
+            return exact(lambda s, a: critic(s, a) + self.size * f(s, a), observation, x)
+
+        script.terminal_adjoint = terminal_adjoint
+
+
+@dataclass
+class ExternalPenalty:
+    """Adds an adaptive KL penalty to the loss; its state is in the agent, so that checkpoints hold it."""
+
+    budget: float
+    rate: float = 5.0
+
+    def __call__(self, script: Any, seed: int):
+        agent_class, loss, update = script.Agent, script.adjoint_matching_loss, script.update
+
+        class Agent(agent_class):
+            def __init__(self, observation_dim, action_dim, args):
+                super().__init__(observation_dim, action_dim, args)
+                self.register_buffer("penalty", torch.tensor(0.0))  # b
+                self.register_buffer("kl_ema", torch.tensor(0.0))  # D
+
+        def penalised_update(agent, optimizer, batch, noise, args):
+            def penalised_loss(delta, adjoints, temperature):
+                kl = script.path_kl(delta, args.chunk_length)
+                penalty = agent.penalty.clone()
+                with torch.no_grad():
+                    agent.kl_ema.lerp_(kl.clamp(max=2 * self.budget), 0.1)
+                    agent.penalty.add_(self.rate * (agent.kl_ema - self.budget)).clamp_(min=0)
+                return loss(delta, adjoints, temperature) + penalty * kl
+
+            script.adjoint_matching_loss = penalised_loss
+            statistics = update(agent, optimizer, batch, noise, args)
+            trust_region = dict(path_kl_ema=agent.kl_ema.clone(), penalty=agent.penalty.clone())
+            return statistics | {f"trust_region/{key}": value for key, value in trust_region.items()}
+
+        script.Agent, script.update = Agent, penalised_update
+
+
+def settings() -> list[Setting]:
+    """All settings of the study."""
+    budget = lambda e: ["--kl-budget", str(e)]
+    temperature = lambda tau: ["--inverse-temperature", str(tau)]
+    found = [
+        *(Setting(f"trqam-{e}", f"TRQAM, budget {e}", "trqam_offline", budget(e)) for e in BUDGETS),
+        *(Setting(f"qam-{tau}", f"QAM, τ = {tau:g}", "qam_baseline", temperature(tau)) for tau in TEMPERATURES),
+    ]
+    for size in ERRORS:
+        words, error = f", critic error {size:g}", CriticError(size)
+        e, tau = COMPARED_BUDGET, COMPARED_TEMPERATURE
+        found += [
+            Setting(f"trqam-{e}-error-{size:g}", f"TRQAM, budget {e}{words}", "trqam_offline", budget(e), error),
+            Setting(f"qam-{tau}-error-{size:g}", f"QAM, τ = {tau:g}{words}", "qam_baseline", temperature(tau), error),
+        ]
+    e, tau = COMPARED_BUDGET, PENALISED_TEMPERATURE
+    penalty = ExternalPenalty(e)
+    found += [
+        Setting("penalty", f"QAM, τ = {tau:g}, external penalty, budget {e}", "qam_baseline", temperature(tau), penalty),
+        Setting("constant", f"TRQAM, λ constant at budget {e}'s", "trqam_offline", budget(e), after=f"trqam-{e}"),
+    ]
+    return found
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a run's table."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def last_quarter(run: Path, key: str) -> float:
+    """Mean of a column of train.csv over the last quarter of fine-tuning; nan where it is not logged."""
+    rows = [row for row in read(run / "train.csv") if row["stage"] == "offline"]
+    return float(np.mean([float(row.get(key) or "nan") for row in rows[-max(1, len(rows) // 4) :]]))
+
+
+def finished(run: Path, updates: int) -> bool:
+    """Whether a run has been evaluated at its last update."""
+    rows = read(run / "eval.csv") if (run / "eval.csv").exists() else []
+    return any(int(row["step"]) == updates and row["stage"] == "offline" for row in rows) and bool(
+        (run / "checkpoint.pt").exists()
+    )
+
+
+def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
+    """One run of a script, changed as the setting says, in a process of its own -> "" or what went wrong."""
+    script = importlib.import_module(setting.script)
+    if setting.change:
+        setting.change(script, seed)
+    resume = ["--resume"] if (run / "config.json").exists() else ["quick", "--seed", str(seed), *flags]
+    sys.argv = [f"{setting.script}.py", *resume, "--run-dir", str(run), "--num-threads", "1"]
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.parent / f"{run.name}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            common.run_script(script.main, script.Args, script.settings, script.SCRIPT)
+        except SystemExit as stop:
+            return str(stop.code)
+    return ""
+
+
+def train_all(args: Args, study: list[Setting]):
+    """Train whatever is not there yet, seed after seed, `workers` runs at a time. Raises UserError where one fails."""
+    runs = Path(args.runs_dir)
+    steps = ["--offline-steps", str(args.updates), "--eval-interval", str(max(1, args.updates // 2))]
+    prior = Setting("prior", "behaviour cloning", "trqam_offline", ["--offline-steps", "0"])
+    waves = [[(prior, seed, prior.flags)] for seed in range(args.seeds)]
+    for seed in range(args.seeds):
+        flags = [*steps, "--bc-checkpoint", str(runs / f"prior-seed{seed}" / "bc_checkpoint.pt")]
+        waves += [[(s, seed, [*s.flags, *flags]) for s in study if not s.after]]
+        waves += [[(s, seed, [*s.flags, *flags]) for s in study if s.after]]
+    with concurrent.futures.ProcessPoolExecutor(
+        args.workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        for wave in waves:
+            tasks = {}
+            for setting, seed, flags in wave:
+                run = runs / f"{setting.name}-seed{seed}"
+                if finished(run, args.updates) or (setting is prior and (run / "bc_checkpoint.pt").exists()):
+                    continue
+                if setting.after:
+                    lam = str(last_quarter(runs / f"{setting.after}-seed{seed}", "trust_region/lambda"))
+                    flags = [*flags, "--eta-lambda", "0", "--lambda-min", lam, "--lambda-max", lam]
+                tasks[pool.submit(train, setting, seed, run, flags)] = run
+            for task in concurrent.futures.as_completed(tasks):
+                run, said = tasks[task], task.result()
+                if said:
+                    pool.shutdown(cancel_futures=True)
+                    raise common.UserError(f"{run}: {said.removeprefix('error: ')} (log: {run}.log)")
+                print(f"finished {run}", flush=True)
+
+
+def summarise(args: Args, study: list[Setting]) -> str:
+    """The table, as markdown: means over seeds ± their standard error."""
+    runs = Path(args.runs_dir)
+    over_seeds = lambda values: (
+        f"{np.mean(values):.3g}" + (f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2g}" if len(values) > 1 else "")
+    )
+    lines = [
+        "| | success | path KL | λ | critic loss |",
+        "|---|---|---|---|---|",
+    ]
+    priors = [float(read(runs / f"prior-seed{seed}" / "eval.csv")[-1]["success"]) for seed in range(args.seeds)]
+    lines += [f"| behaviour cloning | {over_seeds(priors)} | 0 | | |"]
+    for setting in study:
+        folders = [runs / f"{setting.name}-seed{seed}" for seed in range(args.seeds)]
+        success = [float(read(run / "eval.csv")[-1]["success"]) for run in folders]
+        kl, lam, critic_loss = (
+            [last_quarter(run, key) for run in folders]
+            for key in ("trust_region/path_kl", "trust_region/lambda", "losses/critic_loss")
+        )
+        lam = "" if np.isnan(lam).any() else over_seeds(lam)
+        lines += [f"| {setting.label} | {over_seeds(success)} | {over_seeds(kl)} | {lam} | {over_seeds(critic_loss)} |"]
+    return "\n".join(lines) + "\n"
+
+
+def describe(args: Args) -> str:
+    """What the runs are, for figure and table."""
+    config = json.loads((Path(args.runs_dir) / "trqam-0.5-seed0" / "config.json").read_text())
+    seeds = f"{args.seeds} seeds" if args.seeds > 1 else "1 seed"
+    hardware = config["hardware"]
+    return (
+        f"{config['args']['env_id']}, {seeds}, {args.updates:,} updates, evaluations of "
+        f"{config['args']['eval_episodes']} episodes\n{common.describe_dataset(config['dataset'])}\n"
+        f"{hardware['cores']} cores of {hardware['cpu']}, torch {config['versions']['torch']}, "
+        f"commit {config['git_commit'] or 'unknown'}"
+    )
+
+
+def draw(args: Args, study: list[Setting]) -> Any:
+    """The figure: each row of panels one part of the study; means over seeds, band: their standard error."""
+    from matplotlib.figure import Figure
+
+    runs = Path(args.runs_dir)
+    named = {setting.name: setting for setting in study}
+    colors = dict(zip(named, ["C0", "C1", "C2", "C3", "C4", "C5"] + ["C1", "C4"] * 2 + ["C6", "C7"]))
+    styles = {name: "-" for name in named}
+    for size, style in zip(ERRORS, ("--", ":")):
+        styles |= {name: style for name in named if name.endswith(f"error-{size:g}")}
+    compared = f"trqam-{COMPARED_BUDGET}", f"qam-{COMPARED_TEMPERATURE}"
+    parts = {
+        "budgets and temperatures": [name for name in named if name.count("-") == 1],
+        "constant and adaptive λ, internal and external": [compared[0], "constant", "penalty", "qam-10.0"],
+        "a critic that is wrong": [name for name in named if name.startswith(compared)],
+    }
+    figure = Figure(figsize=(15, 12), layout="constrained")
+    for row, (part, names) in zip(figure.subplots(len(parts), 4), parts.items()):
+        for axis, (title, key) in zip(row, (
+            ("path KL, nats per action", "trust_region/path_kl"),
+            ("λ", "trust_region/lambda"),
+            ("critic loss", "losses/critic_loss"),
+            ("success", "success"),
+        )):  # fmt: skip
+            for name in names:
+                table = "eval.csv" if key == "success" else "train.csv"
+                of_seeds = [
+                    {int(line["step"]): float(line[key]) for line in read(runs / f"{name}-seed{seed}" / table)
+                     if line["stage"] == "offline" and line.get(key)}
+                    for seed in range(args.seeds)
+                ]  # fmt: skip
+                steps = sorted(of_seeds[0])
+                if not steps:
+                    continue
+                values = np.array([[line[step] for step in steps] for line in of_seeds])  # [seeds, steps]
+                if key == "success":
+                    priors = [read(runs / f"prior-seed{seed}" / "eval.csv")[-1] for seed in range(args.seeds)]
+                    values = np.column_stack([[float(prior["success"]) for prior in priors], values])
+                    steps = [0, *steps]
+                mean, error = values.mean(0), values.std(0, ddof=args.seeds > 1) / len(values) ** 0.5
+                style = dict(color=colors[name], ls=styles[name])
+                axis.plot(steps, mean, label=named[name].label, lw=1.2, **style)
+                axis.fill_between(steps, mean - error, mean + error, alpha=0.15, lw=0, color=colors[name])
+                if name in {f"trqam-{e}" for e in BUDGETS} and key == "trust_region/path_kl":
+                    axis.axhline(float(name.split("-")[1]), color=colors[name], ls=(0, (1, 2)), lw=1)
+            axis.set(title=f"{part}: {title}" if axis is row[0] else title, xlabel="fine-tuning updates")
+            axis.set(yscale="linear" if key == "success" else "log")
+            axis.grid(alpha=0.3)
+        row[-1].set_ylim(-0.03, 1.03)
+        row[-1].legend(fontsize=7)
+    for axis in figure.axes:
+        axis.title.set_fontsize(9)
+    band = "; band: standard error over seeds" if args.seeds > 1 else "; one seed: no band"
+    figure.suptitle(f"{describe(args)}{band}; dotted horizontals: budgets", fontsize=9)
+    return figure
+
+
+def main(args: Args):
+    if args.seeds < 1 or args.updates < 200 or args.workers < 1:
+        raise common.UserError("--seeds and --workers must be at least 1, and --updates at least 200")
+    study = settings()
+    if args.full:
+        for seed in range(max(3, args.seeds)):
+            prior = ["--seed", str(seed), "--run-dir", f"runs/full/prior-seed{seed}", "--offline-steps", "0"]
+            print(shlex.join(["python", "trqam_offline.py", *prior]))
+            for setting in study:
+                if not setting.change and not setting.after:
+                    flags = [*setting.flags, "--seed", str(seed), "--run-dir", f"runs/full/{setting.name}-seed{seed}"]
+                    flags += ["--bc-checkpoint", f"runs/full/prior-seed{seed}/bc_checkpoint.pt"]
+                    print(shlex.join(["python", f"{setting.script}.py", *flags]))
+        return
+    train_all(args, study)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    table = summarise(args, study)
+    (output / "mechanism.md").write_text(f"{describe(args)}\n\n{table}")
+    draw(args, study).savefig(output / "mechanism.png", dpi=80)
+    print(f"\n{table}\n{output / 'mechanism.png'}, {output / 'mechanism.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except common.UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
