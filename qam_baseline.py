@@ -157,7 +157,7 @@ QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
     bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
     learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
-    inverse_temperature=3.0,
+    inverse_temperature=1.0,
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from torch import Tensor
 
 import common
 
+PRESET_BUDGET, PRESET_TEMPERATURE, EDIT_SCALE = 0.2, 1.0, 0.1  # of the plain comparison
 BUDGETS = (0.1, 0.5, 1.5)
 TEMPERATURES = (1.0, 3.0, 10.0)
 ERRORS = (1.0, 3.0)
@@ -52,7 +53,7 @@ PENALISED_TEMPERATURE = 10.0  # of the runs with an external penalty: QAM alone 
 class Args:
     seeds: int = 1
     """seeds 0 ... seeds - 1 of every setting"""
-    updates: int = 2_000
+    updates: int = 1_500
     """fine-tuning updates of each run"""
     runs_dir: str = "runs/mechanism"
     """folder of the runs; finished ones in it are reused"""
@@ -72,7 +73,6 @@ class Setting:
     flags: list[str]
     change: Callable[[Any, int], None] | None = None  # of the script's module, given the seed
     after: str = ""  # the setting whose mean lambda this one keeps constant
-    curves: list[str] = field(default_factory=list)  # panels it is drawn in
 
 
 def random_function(seed: int, observation_dim: int, action_dim: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -154,6 +154,12 @@ def settings() -> list[Setting]:
         Setting("penalty", f"QAM, τ = {tau:g}, external penalty, budget {e}", "qam_baseline", temperature(tau), penalty),
         Setting("constant", f"TRQAM, λ constant at budget {e}'s", "trqam_offline", budget(e), after=f"trqam-{e}"),
     ]
+    e, tau, edits = PRESET_BUDGET, PRESET_TEMPERATURE, ["--edit-scale", str(EDIT_SCALE)]
+    label = f"QAM-E, τ = {tau:g}, edits of {EDIT_SCALE}"
+    found += [
+        Setting(f"trqam-{e}", f"TRQAM, budget {e} (preset)", "trqam_offline", budget(e)),
+        Setting("qam_e", label, "qam_baseline", [*temperature(tau), *edits]),
+    ]
     return found
 
 
@@ -196,7 +202,7 @@ def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
 def train_all(args: Args, study: list[Setting]):
     """Train whatever is not there yet, seed after seed, `workers` runs at a time. Raises UserError where one fails."""
     runs = Path(args.runs_dir)
-    steps = ["--offline-steps", str(args.updates), "--eval-interval", str(max(1, args.updates // 2))]
+    steps = ["--offline-steps", str(args.updates), "--eval-interval", str(args.updates // 2), "--log-interval", "25"]
     prior = Setting("prior", "behaviour cloning", "trqam_offline", ["--offline-steps", "0"])
     waves = [[(prior, seed, prior.flags)] for seed in range(args.seeds)]
     for seed in range(args.seeds):
@@ -267,17 +273,18 @@ def draw(args: Args, study: list[Setting]) -> Any:
 
     runs = Path(args.runs_dir)
     named = {setting.name: setting for setting in study}
-    colors = dict(zip(named, ["C0", "C1", "C2", "C3", "C4", "C5"] + ["C1", "C4"] * 2 + ["C6", "C7"]))
+    colors = dict(zip(named, ["C0", "C1", "C2", "C3", "C4", "C5"] + ["C1", "C4"] * len(ERRORS) + ["C6", "C7", "C8", "C9"]))
     styles = {name: "-" for name in named}
     for size, style in zip(ERRORS, ("--", ":")):
         styles |= {name: style for name in named if name.endswith(f"error-{size:g}")}
     compared = f"trqam-{COMPARED_BUDGET}", f"qam-{COMPARED_TEMPERATURE}"
     parts = {
         "budgets and temperatures": [name for name in named if name.count("-") == 1],
-        "constant and adaptive λ, internal and external": [compared[0], "constant", "penalty", "qam-10.0"],
+        "the preset's TRQAM, QAM, QAM-E": [f"trqam-{PRESET_BUDGET}", f"qam-{PRESET_TEMPERATURE}", "qam_e"],
+        "adaptive, constant, external": [compared[0], "constant", "penalty", f"qam-{PENALISED_TEMPERATURE}"],
         "a critic that is wrong": [name for name in named if name.startswith(compared)],
     }
-    figure = Figure(figsize=(15, 12), layout="constrained")
+    figure = Figure(figsize=(15, 15), layout="constrained")
     for row, (part, names) in zip(figure.subplots(len(parts), 4), parts.items()):
         for axis, (title, key) in zip(row, (
             ("path KL, nats per action", "trust_region/path_kl"),
@@ -304,7 +311,7 @@ def draw(args: Args, study: list[Setting]) -> Any:
                 style = dict(color=colors[name], ls=styles[name])
                 axis.plot(steps, mean, label=named[name].label, lw=1.2, **style)
                 axis.fill_between(steps, mean - error, mean + error, alpha=0.15, lw=0, color=colors[name])
-                if name in {f"trqam-{e}" for e in BUDGETS} and key == "trust_region/path_kl":
+                if name in {f"trqam-{e}" for e in (*BUDGETS, PRESET_BUDGET)} and key == "trust_region/path_kl":
                     axis.axhline(float(name.split("-")[1]), color=colors[name], ls=(0, (1, 2)), lw=1)
             axis.set(title=f"{part}: {title}" if axis is row[0] else title, xlabel="fine-tuning updates")
             axis.set(yscale="linear" if key == "success" else "log")

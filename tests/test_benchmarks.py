@@ -1,0 +1,127 @@
+"""What the benchmarks change in a script, and what they make of runs."""
+
+import copy
+import csv
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import qam_baseline
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import compare
+import mechanism
+
+B, O, A = 64, 3, 2
+ARGS = qam_baseline.Args(hidden_dims=(16, 16), num_critics=2, flow_steps=4, chunk_length=1)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """qam_baseline, put back afterwards as it was."""
+    for name in ("Agent", "update", "terminal_adjoint", "adjoint_matching_loss"):
+        monkeypatch.setattr(qam_baseline, name, getattr(qam_baseline, name))
+    return qam_baseline
+
+
+def train(agent, updates=1, args=ARGS):
+    """The statistics of each of some updates, on one batch and fresh noise."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)
+    ones = torch.ones(B)
+    batch = common.Batch(normal(B, O), normal(B, A).clamp(-1, 1), normal(B), ones, normal(B, O), valid=ones)
+    optimizer = agent.make_optimizer(args)
+    noises = [qam_baseline.draw_noise(B, A, args, generator) for _ in range(updates)]
+    return [qam_baseline.update(agent, optimizer, batch, noise, args) for noise in noises]
+
+
+def test_the_critics_error_has_the_size_and_the_gradient_it_says():
+    values, slopes = [], []
+    for seed in range(40):
+        f = mechanism.random_function(seed, O, A)
+        s, a = torch.randn(200, O), torch.rand(200, A) * 2 - 1
+        values.append(f(s, a))
+        slopes.append(torch.func.grad(lambda a: f(s, a).sum())(a))
+    values, slopes = torch.stack(values), torch.stack(slopes)
+    assert abs(values.mean()) < 0.1 and abs(values.pow(2).mean() - 1) < 0.1
+    assert abs(slopes.pow(2).mean().sqrt() - 1) < 0.1
+    same = mechanism.random_function(39, O, A)(s, a)
+    assert torch.equal(same, values[-1]) and not torch.equal(same, mechanism.random_function(38, O, A)(s, a))
+
+
+def test_the_critics_error_enters_the_adjoint_alone(script):
+    agent = script.Agent(O, A, ARGS)
+    twin = copy.deepcopy(agent)
+    s, x = torch.randn(B, O), torch.randn(B, A) / 3
+    exact, before = script.terminal_adjoint(agent.target_critic, s, x), train(agent)[0]
+    mechanism.CriticError(3.0)(script, seed=5)
+    f = mechanism.random_function(5, O, A)
+    slope = torch.func.grad(lambda x: f(s, x.clamp(-1, 1)).sum())(x)
+    torch.testing.assert_close(script.terminal_adjoint(twin.target_critic, s, x), exact - 3 * slope, rtol=1e-4, atol=1e-5)
+    after = train(twin)[0]
+    assert after["losses/critic_loss"] == before["losses/critic_loss"]
+    assert after["losses/adjoint_matching_loss"] != before["losses/adjoint_matching_loss"]
+
+
+def test_the_external_penalty_holds_the_kl_at_its_budget(script):
+    args = dataclasses.replace(ARGS, inverse_temperature=20.0, learning_rate=1e-2)
+    torch.manual_seed(0)
+    plain = script.Agent(O, A, args)
+    mechanism.ExternalPenalty(budget=0.2)(script, seed=0)
+    agent = script.Agent(O, A, args)
+    agent.load_state_dict(plain.state_dict(), strict=False)
+    statistics = train(agent, 600, args)
+    mean = lambda key: float(torch.stack([row[f"trust_region/{key}"] for row in statistics[-100:]]).mean())
+    assert statistics[0]["trust_region/penalty"] == 0  # the KL starts below its budget
+    assert mean("penalty") > 1 and 0.15 < mean("path_kl") < 0.25
+    assert agent.state_dict()["penalty"] == statistics[-1]["trust_region/penalty"]  # so a checkpoint holds it
+
+
+def test_without_the_penalty_the_kl_goes_far_over_that_budget():
+    args = dataclasses.replace(ARGS, inverse_temperature=20.0, learning_rate=1e-2)
+    torch.manual_seed(0)
+    statistics = train(qam_baseline.Agent(O, A, args), 600, args)
+    assert torch.stack([row["trust_region/path_kl"] for row in statistics[-100:]]).mean() > 0.5
+
+
+def write_run(folder, script, seed, curve, **args):
+    folder.mkdir()
+    args = dict(env_id="cube-double-play-singletask-task1-v0", seed=seed, offline_steps=200_000, **args)
+    dataset = dict(origin="path", sha256="0" * 64)
+    (folder / "config.json").write_text(json.dumps(dict(script=script, args=args, dataset=dataset)))
+    with open(folder / "eval.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(common.EVAL_COLUMNS)
+        for stage, step, success in curve:
+            table.writerow([stage, step, success, 0.05, -100, 100, 50])
+    return folder
+
+
+def test_runs_are_grouped_by_method_and_drawn_with_their_intervals(tmp_path, capsys):
+    qam = dict(inverse_temperature=3.0)
+    ends = (0.4, 0.6, 0.8)
+    runs = [
+        write_run(tmp_path / f"q{seed}", "qam_baseline", seed, [("bc", 9, 0.1), ("offline", 200_000, end)],
+                  edit_scale=0.0, **qam)
+        for seed, end in enumerate(ends)
+    ]  # fmt: skip
+    online = [("bc", 9, 0.1), ("offline", 200_000, 0.3), ("online", 500, 0.7)]
+    runs += [write_run(tmp_path / "e", "qam_baseline", 0, online, edit_scale=0.1, **qam)]
+    runs += [write_run(tmp_path / "t", "trqam_offline", 0, [("bc", 9, 0.1)], kl_budget=0.5)]
+    compare.main(compare.Args(runs=tuple(runs), output=tmp_path / "figure.png"))
+    said = capsys.readouterr().out
+    half = 4.30 * np.std(ends, ddof=1) / np.sqrt(3)
+    assert f"| QAM, τ = 3 | 3 | 200,000 | 0.60 ± {half:.2f} |" in said
+    assert f"| QAM-E, edit 0.1, τ = 3 | 1 | 200,500 | 0.70 ± {1.96 * 0.05:.2f} |" in said
+    assert "| TRQAM, budget 0.5 | 1 | 0 | 0.10 ± 0.10 |" in said
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="second run"):
+        compare.main(compare.Args(runs=(runs[0], runs[0]), output=tmp_path / "figure.png"))
+    with pytest.raises(SystemExit, match="is no run"):
+        compare.main(compare.Args(runs=(tmp_path / "nowhere",), output=tmp_path / "figure.png"))
