@@ -200,15 +200,16 @@ def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
 
 
 def train_all(args: Args, study: list[Setting]):
-    """Train whatever is not there yet, seed after seed, `workers` runs at a time. Raises UserError where one fails."""
+    """Train what is not there yet, `workers` runs at a time. Raises UserError where one fails."""
     runs = Path(args.runs_dir)
     steps = ["--offline-steps", str(args.updates), "--eval-interval", str(args.updates // 2), "--log-interval", "25"]
     prior = Setting("prior", "behaviour cloning", "trqam_offline", ["--offline-steps", "0"])
-    waves = [[(prior, seed, prior.flags)] for seed in range(args.seeds)]
-    for seed in range(args.seeds):
-        flags = [*steps, "--bc-checkpoint", str(runs / f"prior-seed{seed}" / "bc_checkpoint.pt")]
-        waves += [[(s, seed, [*s.flags, *flags]) for s in study if not s.after]]
-        waves += [[(s, seed, [*s.flags, *flags]) for s in study if s.after]]
+    flags = lambda seed: [*steps, "--bc-checkpoint", str(runs / f"prior-seed{seed}" / "bc_checkpoint.pt")]
+    waves = [
+        [(prior, seed, prior.flags) for seed in range(args.seeds)],
+        [(s, seed, [*s.flags, *flags(seed)]) for seed in range(args.seeds) for s in study if not s.after],
+        [(s, seed, [*s.flags, *flags(seed)]) for seed in range(args.seeds) for s in study if s.after],
+    ]
     with concurrent.futures.ProcessPoolExecutor(
         args.workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
