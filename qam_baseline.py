@@ -18,7 +18,8 @@ Domingo-Enrich et al., 2024, arXiv 2409.08861. The numbers (E1) to (E15) are tho
 
 Shapes: B batch, O observation, d one action, c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps.
 Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run files, and nothing of the algorithm.
-What several scripts hold is the same in each to the letter, so `diff trqam_offline.py qam_baseline.py` is what TRQAM adds.
+What several scripts hold is the same in each to the letter (tests/test_same_text.py), so a diff of two of them shows what
+their algorithms and stages do not share, and nothing else.
 """
 
 import copy
@@ -588,6 +589,8 @@ def main(args: Args):
         trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
         run.announce("offline", offline_end - max(step, bc_steps), lambda: train_step(*trial, "offline", args))
+        online_updates = args.utd_ratio * (total_steps - max(step, offline_end + args.online_start))
+        run.announce("online", online_updates, lambda: train_step(*trial, "offline", args))
 
         run.begin(step, total_steps)
         if step == bc_steps == 0:
