@@ -1377,7 +1377,7 @@ class Run:
                 axis.legend(fontsize=8)
             if any(row["stage"] == "online" for row in train + evals):
                 axis.axvline(online_from, color="0.4", ls=":")
-            axis.set_xlabel("fine-tuning updates" + ", then environment steps" * bool(getattr(self.args, "online_steps", 0)))
+            axis.set_xlabel("fine-tuning steps")
             axis.grid(alpha=0.3)
         figure.suptitle(
             f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.config['dataset'])}", fontsize=9
@@ -1411,9 +1411,7 @@ class Run:
         print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
 
 
-def evaluate_checkpoint(
-    args: Any, noise_dim: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-):
+def evaluate_checkpoint(args: Any, noise_dim: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
     """Evaluate a finished policy and print the result; with args.capture_video, film it beside its checkpoint."""
     evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed, noise_dim)
     scores = evaluator.evaluate(policy, args.best_of_n)

@@ -13,13 +13,12 @@ Q, as far from the prior as one fixed inverse temperature lets it go:
     python qam_baseline.py --env-id scene-play-singletask-task1-v0     # full size: for a GPU
     python qam_baseline.py --env-id puzzle-3x3-play-singletask-task4-v0 --edit-scale 0.1 --online-steps 500000
 
-Papers: QAM and QAM-E, Li and Levine, 2026, arXiv 2601.14234; TRQAM, Dong et al., 2026, arXiv 2605.27079; Adjoint Matching,
-Domingo-Enrich et al., 2024, arXiv 2409.08861. The numbers (E1) to (E15) are those of docs/algorithm.md.
+Papers: QAM and QAM-E, Li and Levine, 2026, arXiv 2601.14234; TRQAM, Dong et al., 2026, arXiv 2605.27079; Adjoint
+Matching, Domingo-Enrich et al., 2024, arXiv 2409.08861. The numbers (E1) to (E15) are those of docs/algorithm.md.
 
 Shapes: B batch, O observation, d one action, c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps.
 Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run files, and nothing of the algorithm.
-What several scripts hold is the same in each to the letter (tests/test_same_text.py), so a diff of two of them shows what
-their algorithms and stages do not share, and nothing else.
+What several scripts hold is the same in each to the letter, so a diff of two is their algorithms' difference alone.
 """
 
 import copy
@@ -308,8 +307,8 @@ def edited(
 
 
 def policy_action(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """What acts: actor_fast, at observation [n, O] from noise [n, A] -> action chunks [n, A] in [-1, 1]. QAM-E edits its
-    action, from noise [n, 2A]."""
+    """What acts: actor_fast, at observation [n, O] from noise [n, A] -> action chunks [n, A] in [-1, 1]; with QAM-E's
+    edits of them, from noise [n, 2A]."""
     if not args.edit_scale:
         return ode_sample(agent.actor_fast, observation, noise, args.flow_steps)
     flow_noise, edit_noise = noise.chunk(2, dim=-1)
@@ -450,7 +449,7 @@ def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: No
 
 
 def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args) -> dict[str, Tensor]:
-    """One QAM or QAM-E update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
+    """One QAM(-E) update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
 
     Returns its statistics, named as in TensorBoard: scalars on the device, to be read only when they are logged.
     """
@@ -499,7 +498,7 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
 # ---------------------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Action chunks [n, A] at observation [n, O], from noise [n, samples, noise_dim]: of these that of highest mean Q."""
+    """Action chunks [n, A] at observation [n, O]: of those from noise [n, samples, noise_dim], the one of highest Q."""
     n, samples, _ = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
     action = policy_action(agent, observation, noise.flatten(0, 1), args)  # [n * samples, A]

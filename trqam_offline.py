@@ -19,8 +19,7 @@ Domingo-Enrich et al., 2024, arXiv 2409.08861. The numbers (E1) to (E12) are tho
 
 Shapes: B batch, O observation, d one action, c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps.
 Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run files, and nothing of the algorithm.
-What several scripts hold is the same in each to the letter (tests/test_same_text.py), so a diff of two of them shows what
-their algorithms and stages do not share, and nothing else.
+What several scripts hold is the same in each to the letter, so a diff of two is their algorithms' difference alone.
 """
 
 import copy
@@ -427,7 +426,7 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
 # ---------------------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Action chunks [n, A] at observation [n, O], from noise [n, samples, noise_dim]: of these that of highest mean Q."""
+    """Action chunks [n, A] at observation [n, O]: of those from noise [n, samples, noise_dim], the one of highest Q."""
     n, samples, _ = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
     action = policy_action(agent, observation, noise.flatten(0, 1), args)  # [n * samples, A]
@@ -516,9 +515,7 @@ def main(args: Args):
             if evaluation_due:
                 run.evaluate(stage, stage_step, policy)
             if evaluation_due or stage_step % args.checkpoint_interval == 0:
-                run.save(
-                    agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
-                )  # fmt: skip
+                run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())
         run.finish(policy)
 
 

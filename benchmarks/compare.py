@@ -1,12 +1,13 @@
-"""Success over training steps of any runs, by method, with 95 % intervals over seeds, beside the published curve of the task.
+"""Success over training steps of any runs, by method, with 95 % intervals, beside the published curve of the task.
 
     python benchmarks/compare.py runs/a runs/b ... --output comparison.png
 
-Runs of one method (and, for QAM, QAM-E and TRQAM, of one strength) on one task are taken together; each seed counts once.
-With several seeds the interval is Student's t over them; with one, 1.96 standard errors over its episodes. Published curves
-(published.csv: QAM and QAM-E as released with the QAM paper, TRQAM from an independent replication with 4 seeds) are dashed,
-and their intervals Student's t over their seeds; they were made on the official data, at full size.
-Prints the last row of each curve as a table.
+Runs of one method, at one strength, on one task are taken together; each seed counts once. With several seeds the
+interval is Student's t over them; with one, 1.96 standard errors over its episodes. Published curves (published.csv:
+QAM and QAM-E as released with the QAM paper, every 100,000 steps; TRQAM from an independent replication with 4 seeds)
+are dashed, their intervals Student's t over their seeds. They were made on the official data at full size, the QAM
+paper's with its own settings (gamma 0.99 in most domains, width 512), and around the change of OGBench 1.2.0 in when
+a single task's success is computed. Prints the last point of each curve as a table.
 """
 
 import csv
@@ -64,7 +65,7 @@ def read_run(folder: Path) -> tuple[dict, dict[int, tuple[float, float]]]:
 
 
 def interval(values: np.ndarray, of_one: np.ndarray) -> np.ndarray:
-    """Half width of the 95 % interval of the mean of values [seeds, steps]; of_one [steps]: the errors of a single seed."""
+    """Half width of the 95 % interval of the mean of values [seeds, steps]; of_one [steps]: errors of a single seed."""
     seeds = len(values)
     if seeds == 1:
         return 1.96 * of_one
@@ -83,7 +84,8 @@ def main(args: Args):
         if seed in seeds:
             sys.exit(f"error: {folder} is a second run of {method_of(config)} with seed {seed} on {env_id}")
         seeds[seed] = curve
-        origins.setdefault(env_id, set()).add(f"{config['dataset']['origin']}, sha256 {config['dataset']['sha256'][:12]}")
+        data = config["dataset"]
+        origins.setdefault(env_id, set()).add(f"{data['origin']}, sha256 {data['sha256'][:12]}")
     with open(Path(__file__).with_name("published.csv"), newline="") as file:
         published = list(csv.DictReader(file))
 

@@ -4,17 +4,17 @@
     python benchmarks/mechanism.py --seeds 3     # the committed figure
     python benchmarks/mechanism.py --full        # prints the commands of the same runs at full size, for a GPU
 
-All runs are runs of `trqam_offline.py` and `qam_baseline.py` with the quick preset, fine-tuned from one cloned policy per
-seed. Finished ones are kept in --runs-dir and reused; one that was stopped is resumed. What the study changes in a script,
-it changes from outside, here:
+All runs are runs of `trqam_offline.py` and `qam_baseline.py` with the quick preset, fine-tuned from one cloned policy
+per seed. Finished ones are kept in --runs-dir and reused; one that was stopped is resumed. What the study changes in a
+script, it changes from outside, here:
 
-critic error: the critic that steers the policy is Q + e f, with f a fixed random function of (s, a) of mean 0 and variance 1
-    (256 random Fourier features of a Gaussian kernel; its length scale is 1 in each action number and 1 in each number of
-    the observation; seeded by the run's seed). So e is the critic's root-mean-square error, and also the root mean square
-    of each number of its gradient's error. The loss that trains the critic is untouched: the error is in (E7) alone.
-external penalty: QAM's loss plus b KL, KL the path KL (E11) of the batch, with b >= 0 moved by the same dual descent that
-    moves TRQAM's lambda, at its own rate: b <- b + 5 (D - budget). At the regression's optimum it divides QAM's inverse
-    temperature by 1 + b h / (2 c).
+critic error: the critic that steers the policy is Q + e f, with f a fixed random function of (s, a), of mean 0 and
+    variance 1 (256 random Fourier features of a Gaussian kernel of length scale 1 in each number of s and a; seeded by
+    the run's seed). So e is the root mean square of the critic's error, and of each number of its gradient's error.
+    What the critic itself learns is untouched: the error is in (E7) alone.
+external penalty: QAM's loss plus b KL, KL the path KL (E11) of the batch, with b >= 0 moved by the same dual descent
+    that moves TRQAM's lambda, at its own rate: b <- b + 5 (D - budget). At the regression's optimum it divides QAM's
+    inverse temperature by 1 + b h / (2 c).
 """
 
 import concurrent.futures
@@ -151,7 +151,7 @@ def settings() -> list[Setting]:
     e, tau = COMPARED_BUDGET, PENALISED_TEMPERATURE
     penalty = ExternalPenalty(e)
     found += [
-        Setting("penalty", f"QAM, τ = {tau:g}, external penalty, budget {e}", "qam_baseline", temperature(tau), penalty),
+        Setting("penalty", f"QAM, τ = {tau:g}, penalty, budget {e}", "qam_baseline", temperature(tau), penalty),
         Setting("constant", f"TRQAM, λ constant at budget {e}'s", "trqam_offline", budget(e), after=f"trqam-{e}"),
     ]
     e, tau, edits = PRESET_BUDGET, PRESET_TEMPERATURE, ["--edit-scale", str(EDIT_SCALE)]
@@ -191,7 +191,11 @@ def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
     resume = ["--resume"] if (run / "config.json").exists() else ["quick", "--seed", str(seed), *flags]
     sys.argv = [f"{setting.script}.py", *resume, "--run-dir", str(run), "--num-threads", "1"]
     run.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.parent / f"{run.name}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        open(run.parent / f"{run.name}.log", "a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         try:
             common.run_script(script.main, script.Args, script.settings, script.SCRIPT)
         except SystemExit as stop:
@@ -274,7 +278,8 @@ def draw(args: Args, study: list[Setting]) -> Any:
 
     runs = Path(args.runs_dir)
     named = {setting.name: setting for setting in study}
-    colors = dict(zip(named, ["C0", "C1", "C2", "C3", "C4", "C5"] + ["C1", "C4"] * len(ERRORS) + ["C6", "C7", "C8", "C9"]))
+    by_number = [0, 1, 2, 3, 4, 5, *(1, 4) * len(ERRORS), 6, 7, 8, 9]
+    colors = {name: f"C{number}" for name, number in zip(named, by_number)}
     styles = {name: "-" for name in named}
     for size, style in zip(ERRORS, ("--", ":")):
         styles |= {name: style for name in named if name.endswith(f"error-{size:g}")}

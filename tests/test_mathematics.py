@@ -277,12 +277,13 @@ def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range():
 
 
 def test_the_edits_density_is_that_of_a_squashed_gaussian():
-    """log pi against the change of variables by autograd, and its entropy-of-one-number integral: a density's mass is 1."""
+    """log pi against the change of variables, with the Jacobian of noise -> edit by autograd."""
     edits = qam_baseline.EditPolicy(O, A, (16, 16))
     s, a, noise = torch.randn(B, O), torch.randn(B, A), torch.randn(B, A)
     edit, log_prob = edits(s, a, noise)
     normal = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1)
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda s, a, z: edits(s[None], a[None], z[None])[0][0], 2))(s, a, noise)
+    of_one = lambda s, a, noise: edits(s[None], a[None], noise[None])[0][0]
+    jacobian = torch.func.vmap(torch.func.jacrev(of_one, 2))(s, a, noise)  # [B, A, A]
     torch.testing.assert_close(log_prob, normal - torch.linalg.slogdet(jacobian)[1])
     assert (edit.abs() < 1).all()
     # Far out tanh is 1 to the last digit and its slope 0; the log-density still is finite.
