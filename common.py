@@ -1,7 +1,7 @@
 """Data loading and evaluation for the TRQAM scripts. Nothing of the algorithm stands here.
 
-Two functions are all a script needs for its data: `load_dataset(...)` gives a `ChunkDataset`, and
-`ChunkDataset.sample(batch_size, generator)` a `Batch`. To train on data of your own, replace those two.
+Two functions are all a script needs for its data: `load_dataset(...)` gives a `ReplayBuffer`, a `ChunkDataset` that can
+grow, and its `sample(batch_size, generator)` a `Batch`. To train on data of your own, replace those two.
 The rest: OGBench environments, collecting data with OGBench's scripted oracles, evaluation in parallel
 environments, and what a run writes (settings, logs, checkpoints, curves, video).
 """
@@ -429,13 +429,19 @@ class ChunkDataset:
 class ReplayBuffer(ChunkDataset):
     """A `ChunkDataset` that online transitions are appended to, as one row each and one more at each episode's end.
 
-    It never overwrites: `make_room` once for all transitions that will come, so no chunk straddles a seam.
+    Call `make_room` once, for all transitions that will come: nothing is ever overwritten.
+
+    Attributes:
+        offline_size, offline_rows: transitions and rows before the first online one.
+        episodes: finished ones; the running episode, if any, has this number.
     """
 
     def make_room(self, transitions: int):
         """Allocate rows for this many transitions more, and for as many final states: episodes can be that short."""
         self.offline_size, self.offline_rows = self.size, len(self.observations)
-        self.episodes = len(self.ends)  # finished ones; the running episode, if any, has this number
+        self.episodes = len(self.ends)
+        if not transitions:
+            return  # and nothing is copied
         room = lambda rows, count, value: torch.cat([rows, rows.new_full((count, *rows.shape[1:]), value)])
         for name in ("observations", "actions", "rewards", "masks"):
             setattr(self, name, room(getattr(self, name), 2 * transitions, 0))
@@ -467,42 +473,45 @@ class ReplayBuffer(ChunkDataset):
         offline = starts(0, self.offline_size, half)
         return self.chunks(torch.cat([offline, starts(self.offline_size, self.size, batch_size - half)]))
 
-    def online_rows(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What was appended, for a checkpoint."""
-        rows = slice(self.offline_rows, self.size + self.episodes + 1)
+        rows = slice(self.offline_rows, self.size + self.episodes + 1)  # the last holds the current observation
         state = {name: getattr(self, name)[rows].clone() for name in ("observations", "actions", "rewards", "masks")}
-        return state | {"ends": self.ends[(self.ends > self.offline_size) & (self.ends <= self.size)].clone()}
+        return state | {"ends": self.ends[: self.episodes].clone(), "size": self.size, "episodes": self.episodes}
 
-    def load_online_rows(self, state: dict[str, torch.Tensor]):
-        """Append again what `online_rows` gave. Raises UserError where there is no room for it."""
-        if len(state["rewards"]) > len(self.rewards) - self.offline_rows + 1:
-            raise UserError("--online-steps: the run has done more already; name at least as many")
+    def load_state_dict(self, state: dict[str, Any]):
+        """Append again what `state_dict` gave; `make_room` must have made room for it."""
         for name in ("observations", "actions", "rewards", "masks"):
             getattr(self, name)[self.offline_rows :][: len(state[name])] = state[name]
-        self.ends[self.episodes :][: len(state["ends"])] = state["ends"]
-        self.episodes += len(state["ends"])
-        self.size += len(state["rewards"]) - 1 - len(state["ends"])  # less the final states and the current one
+        self.size, self.episodes = state["size"], state["episodes"]
+        self.ends[: self.episodes] = state["ends"]
 
 
 class OnlineEnvironment:
     """The environment that a policy collects in, one step at a time.
 
     Episode i is decided by (seed, i) and the actions taken, so that a stopped run plays its running episode again.
+
+    Attributes:
+        observation: [O], the current one.
+        chunk: [n, d], what is left of the action chunk in execution; the caller's, and kept in the state.
+        last_episode: return, length and success of the newest finished one; empty before.
     """
 
     def __init__(self, env_id: str, seed: int):
-        self.env, self.seed = make_env(env_id), seed
-        self.last_episode = {}  # return, length and success of the newest finished one
+        self.env, self.seed, self.last_episode = make_env(env_id), seed, {}
         self.begin(0)
 
     def begin(self, episode: int):
         """Start an episode."""
         self.episode, self.rewards, self.actions = episode, [], []
-        seed = np.random.SeedSequence([self.seed, 2, episode]).generate_state(1)[0]
+        self.chunk = np.empty((0, *self.env.action_space.shape), dtype=np.float32)
+        # SeedSequence takes missing numbers as 0: the 2 tells this episode from the one that is evaluated.
+        seed = np.random.SeedSequence([self.seed, episode, 2]).generate_state(1)[0]
         self.observation, _ = self.env.reset(seed=int(seed))
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float, np.ndarray, bool]:
-        """Execute an action [d]; an episode that ends is followed by the next at once.
+        """Execute an action [d]; an episode that ends drops its chunk, and is followed by the next at once.
 
         Returns the transition as `ReplayBuffer.append` takes it. Its mask is 0 where the episode terminated, and 1
         where only its time was up.
@@ -524,7 +533,8 @@ class OnlineEnvironment:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         actions = torch.from_numpy(np.array(self.actions, dtype=np.float32))
-        return {"episode": self.episode, "actions": actions, "last_episode": self.last_episode}
+        chunk = torch.from_numpy(self.chunk.copy())
+        return {"episode": self.episode, "actions": actions, "chunk": chunk, "last_episode": self.last_episode}
 
     def load_state_dict(self, state: dict[str, Any]):
         """Return to a state, by playing its running episode again from its start."""
@@ -532,9 +542,7 @@ class OnlineEnvironment:
         self.last_episode = state["last_episode"]
         for action in state["actions"].numpy():
             self.step(action)
-
-    def close(self):
-        self.env.close()
+        self.chunk = state["chunk"].numpy()
 
 
 def where_to_put(dataset_name: str, dataset_dir: str) -> str:
@@ -982,6 +990,10 @@ def check_settings(args: Any):
             raise UserError(f"{flag_of(name)} must be at most {most} here, not {getattr(args, name)}")
     if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
+    if getattr(args, "online_steps", 0) and args.online_start >= args.online_steps:
+        raise UserError(
+            f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it"
+        )
     if getattr(args, "balanced_sampling", False) and args.online_start < args.chunk_length:
         raise UserError(
             f"--online-start {args.online_start} leaves no whole chunk for --balanced-sampling: at least "
@@ -1038,8 +1050,7 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
             raise UserError(f"--resume: {config} is damaged ({error!r}); start a new run in another folder") from error
         if stored_script != script:
             raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
-        may_change = RESUME_MAY_CHANGE - ({"offline_steps"} if stored_args.get("online_steps") else set())
-        return override(args_class, stored_args, may_change, f"--resume: the run in {args.run_dir}")
+        return override(args_class, stored_args, RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
     if args.eval_only:
         stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]
         return override(args_class, stored, EVALUATION_MAY_CHANGE, f"--checkpoint: {args.checkpoint}")
@@ -1071,7 +1082,9 @@ def run_script(main: Callable[[Any], None], args_class: type, settings: Callable
         sys.exit(
             f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path, its rights and the disk"
         )
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:  # torch's own, for the CPU and the GPU, are RuntimeErrors
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         sys.exit("error: out of memory; use smaller --hidden-dims or --batch-size, or less data")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1112,6 +1125,8 @@ class Run:
         if self.checkpoint and self.checkpoint["device"] != device.type:
             there = self.checkpoint["device"]
             raise UserError(f"--resume: the run began on {there}, and only there goes on exactly; use --device {there}")
+        if self.checkpoint:
+            self.check_steps()
         self.evaluator = self.writer = self.bar = self.lock = None
         self.config = {}
         self.started = time.perf_counter()
@@ -1119,6 +1134,21 @@ class Run:
         self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0  # of earlier sittings
         self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
         self.rows = {"train.csv": [], "eval.csv": []}
+
+    def check_steps(self):
+        """Raise UserError where the steps asked for are fewer than those done, or make one stage's steps another's."""
+        args, done, stored = self.args, self.checkpoint["step"], self.checkpoint["args"]
+        bc_steps = 0 if args.bc_checkpoint else args.bc_steps
+        ended, ends = bc_steps + stored["offline_steps"], bc_steps + args.offline_steps
+        if max(0, done - ended) != max(0, done - ends) or ends + getattr(args, "online_steps", 0) < done:
+            offline, online = min(done, ended) - bc_steps, max(0, done - ended)
+            raise UserError(
+                f"--resume: the run has done {offline} offline"
+                + f" and {online} online" * bool(online)
+                + " steps, which "
+                "the numbers of steps asked for now do not hold; ask for at least as many, and change --offline-steps "
+                "only before going online"
+            )
 
     def __enter__(self) -> "Run":
         return self
@@ -1241,13 +1271,13 @@ class Run:
         )
 
     def begin(self, step: int, total: int):
-        """Show progress from update `step` to `total`."""
+        """Show progress from `step` to `total`."""
         self.step = step
-        self.bar = tqdm(total=total, initial=step, unit="update", desc="training", **PROGRESS)
+        self.bar = tqdm(total=total, initial=step, unit="step", desc="training", **PROGRESS)
         self.last_log = time.perf_counter()
 
     def tick(self):
-        """Count one update."""
+        """Count one step: an update, or, online, a step in the environment."""
         self.step += 1
         self.steps_since_log += 1
         self.bar.update()
@@ -1258,7 +1288,7 @@ class Run:
         bad = next((key for key, value in row.items() if not np.isfinite(value)), None)
         if bad:
             raise UserError(
-                f"{bad} is {row[bad]} at update {step} of {stage}: training diverged; try a lower --learning-rate"
+                f"{bad} is {row[bad]} at step {step} of {stage}: training diverged; try a lower --learning-rate"
             )
         row["charts/SPS"] = self.steps_since_log / (time.perf_counter() - self.last_log)
         for key, value in row.items():
@@ -1354,7 +1384,8 @@ class Run:
         steps_of = lambda rows: [int(row["step"]) + online_from * (row["stage"] == "online") for row in rows]
         x = [0] * len(prior) + steps_of(evals)
         y, e = (np.array([float(row[key]) for row in prior + evals]) for key in ("success", "success_stderr"))
-        success.plot(x, y, marker="o", ms=3, label=self.script.split("_")[0].upper())
+        method = "QAM-E" if getattr(self.args, "edit_scale", 0) else self.script.split("_")[0].upper()
+        success.plot(x, y, marker="o", ms=3, label=method)
         success.fill_between(x, y - e, y + e, alpha=0.25, lw=0)
         if prior:
             success.axhline(float(prior[-1]["success"]), color="0.4", ls="--", label="behaviour cloning")

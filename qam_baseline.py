@@ -7,7 +7,7 @@ Q, as far from the prior as one fixed inverse temperature lets it go:
 1. roll the copy out as a memoryless SDE, from noise to an action                                memoryless_rollout
 2. carry the critic's action gradient, times the inverse temperature, back along that path       lean_adjoint
 3. regress the velocity onto what this adjoint asks for: no gradient runs through the sampler    adjoint_matching_loss
-4. QAM-E (--edit-scale > 0): a second, Gaussian policy edits the flow's action within a box      edited, edit_loss
+4. QAM-E (--edit-scale > 0): a second, Gaussian policy edits the flow's action within a box      EditPolicy, edit_loss
 
     python qam_baseline.py quick                                       # a small task on a laptop, within 15 minutes
     python qam_baseline.py --env-id scene-play-singletask-task1-v0     # full size: for a GPU
@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -47,7 +46,7 @@ class Args:
     seed: int = 0
     """seed of the networks, batches, noise and evaluation episodes"""
     run_dir: str = ""
-    """folder of the run's files; default runs/{env_id}__trqam_offline__{seed}__{time}"""
+    """folder of the run's files; default runs/{env_id}__{script}__{seed}__{time}"""
     resume: bool = False
     """continue the run in --run-dir from its checkpoint, with the settings stored there"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -121,7 +120,7 @@ class Args:
     best_of_n: int = 1
     """action chunks drawn when acting; the one of highest mean Q is executed"""
     inverse_temperature: float = 1.0
-    """how much the critic's gradient counts against the prior, the paper's tau"""
+    """how much the critic's gradient counts against the prior: the QAM paper's tau, which is not --tau"""
     edit_scale: float = 0.0
     """QAM-E: largest change an edit makes to an action, in [0, 1]; 0: QAM, without edits"""
     entropy_scale: float = 0.5
@@ -141,23 +140,17 @@ DOMAINS = {  # what differs from the defaults above; every flag given on the com
     "humanoidmaze-medium-navigate": dict(chunk_length=1, gamma=0.999, rho=0.0, inverse_temperature=3.0),
     "humanoidmaze-large-navigate": dict(chunk_length=1, gamma=0.999, rho=0.0, inverse_temperature=3.0),
 }
-EDIT_TEMPERATURES = {  # QAM-E's own inverse temperature; its edit_scale there is 0.1, 0.9 for puzzle-4x4, or as said
-    "scene-play": 1.0,  # edit_scale 0: no edits
-    "puzzle-3x3-play": 1.0,
-    "puzzle-4x4-play": 0.1,
-    "cube-double-play": 1.0,  # edit_scale 0: no edits
-    "cube-triple-play": 3.0,
-    "cube-quadruple-play": 3.0,
-    "antmaze-large-navigate": 1.0,
-    "antmaze-giant-navigate": 10.0,
-    "humanoidmaze-medium-navigate": 3.0,
-    "humanoidmaze-large-navigate": 3.0,
-}
+# QAM-E's own inverse temperature, where it is not QAM's. Its edit_scale: 0.9 in puzzle-4x4, 0 in scene and cube-double,
+# 0.1 in all others.
+EDIT_TEMPERATURES = {
+    "puzzle-3x3-play": 1.0, "puzzle-4x4-play": 0.1, "cube-quadruple-play": 3.0,
+    "antmaze-large-navigate": 1.0, "antmaze-giant-navigate": 10.0,
+}  # fmt: skip
 QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
     bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
     learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
-    inverse_temperature=1.0,
+    inverse_temperature=1.0, online_start=500,
 )  # fmt: skip
 
 
@@ -165,14 +158,14 @@ QUICK = dict(
 class VelocityField(nn.Module):
     """v(s, x, t), the flow policy: an MLP on [s, x, t]; tanh-GELU (and LayerNorm, if asked for), output unbounded."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], layer_norm: bool):
+    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...], layer_norm: bool):
         super().__init__()
-        layers, width = [], observation_dim + action_dim + 1
+        layers, width = [], observation_dim + chunk_dim + 1
         for hidden_dim in hidden_dims:
             layers += [nn.Linear(width, hidden_dim), nn.GELU(approximate="tanh")]
             layers += [nn.LayerNorm(hidden_dim, eps=1e-6)] if layer_norm else []
             width = hidden_dim
-        self.net = nn.Sequential(*layers, nn.Linear(width, action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(width, chunk_dim))
         for layer in self.net:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -187,10 +180,10 @@ class VelocityField(nn.Module):
 class Critic(nn.Module):
     """Q^e(s, a) for e = 1 ... E: independent MLPs on [s, a], tanh-GELU then LayerNorm, with their weights stacked."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], num_critics: int):
+    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...], num_critics: int):
         super().__init__()
         self.num_critics = num_critics
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        widths = [observation_dim + chunk_dim, *hidden_dims, 1]
         kernels = [torch.empty(num_critics, *in_out) for in_out in itertools.pairwise(widths)]
         for kernel in kernels:
             for member in kernel:
@@ -213,14 +206,15 @@ class Critic(nn.Module):
 class EditPolicy(nn.Module):
     """QAM-E's pi(edit | s, a_flow), a tanh-Gaussian, and its entropy's price alpha."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...]):
+    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...], edit_scale: float):
         super().__init__()
-        layers, width = [], observation_dim + action_dim
+        self.edit_scale = edit_scale
+        layers, width = [], observation_dim + chunk_dim
         for hidden_dim in hidden_dims:
             layers += [nn.Linear(width, hidden_dim), nn.GELU(approximate="tanh")]
             width = hidden_dim
         self.net = nn.Sequential(*layers)
-        self.mean, self.log_std = nn.Linear(width, action_dim), nn.Linear(width, action_dim)
+        self.mean, self.log_std = nn.Linear(width, chunk_dim), nn.Linear(width, chunk_dim)
         for layer in (*self.net, self.mean, self.log_std):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -228,30 +222,31 @@ class EditPolicy(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, observation: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """observation [B, O], a_flow and normal noise [B, A] -> edit [B, A] in (-1, 1), log pi(edit) [B]."""
+        """(E13) a = clip(a_flow + edit_scale edit), edit in (-1, 1), at observation [B, O] from a_flow and normal noise
+        [B, A] -> a [B, A], log pi(edit) [B]."""
         hidden = self.net(torch.cat([observation, action], dim=-1))
         log_std = self.log_std(hidden).clamp(-20, 2)
         u = self.mean(hidden) + log_std.exp() * noise
         log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without its cancellation
-        return u.tanh(), (log_normal - log_slope).sum(-1)
+        return (action + self.edit_scale * u.tanh()).clamp(-1, 1), (log_normal - log_slope).sum(-1)
 
 
 class Agent(nn.Module):
     """The networks, all of which a checkpoint holds."""
 
-    def __init__(self, observation_dim: int, action_dim: int, args: Args):
+    def __init__(self, observation_dim: int, chunk_dim: int, args: Args):
         super().__init__()
-        self.critic = Critic(observation_dim, action_dim, args.hidden_dims, args.num_critics)
+        self.critic = Critic(observation_dim, chunk_dim, args.hidden_dims, args.num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # v_slow, cloned all along; v_base, its moving average: the prior; v_fast, the fine-tuned policy: what acts
-        self.actor_slow = VelocityField(observation_dim, action_dim, args.hidden_dims, args.actor_layer_norm)
+        self.actor_slow = VelocityField(observation_dim, chunk_dim, args.hidden_dims, args.actor_layer_norm)
         self.target_actor_slow = copy.deepcopy(self.actor_slow).requires_grad_(False)
         self.actor_fast = copy.deepcopy(self.actor_slow)
-        self.noise_dim = action_dim  # normal numbers behind one action of the policy
+        self.noise_dim = chunk_dim  # normal numbers behind one action chunk of the policy
         if args.edit_scale:
-            self.edit_actor = EditPolicy(observation_dim, action_dim, args.hidden_dims)
-            self.noise_dim = 2 * action_dim
+            self.edit_actor = EditPolicy(observation_dim, chunk_dim, args.hidden_dims, args.edit_scale)
+            self.noise_dim = 2 * chunk_dim
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -278,15 +273,15 @@ class Noise(NamedTuple):
     edit: Tensor | None = None  # [B, A] normal, of their edits
 
 
-def draw_noise(batch_size: int, action_dim: int, args: Args, generator: torch.Generator) -> Noise:
+def draw_noise(batch_size: int, chunk_dim: int, args: Args, generator: torch.Generator) -> Noise:
     """The noise of one update, from `generator`, on its device."""
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
-    next_action, flow_x0, sde_x0 = normal(3, batch_size, action_dim)  # [B, A] each
+    next_action, flow_x0, sde_x0 = normal(3, batch_size, chunk_dim)  # [B, A] each
     flow_t = torch.rand(batch_size, 1, generator=generator, device=generator.device)
-    noise = Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, action_dim))
+    noise = Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, chunk_dim))
     if not args.edit_scale:
         return noise
-    next_edit, edit_x0, edit = normal(3, batch_size, action_dim)
+    next_edit, edit_x0, edit = normal(3, batch_size, chunk_dim)
     return noise._replace(next_action=torch.cat([next_action, next_edit], dim=-1), edit_x0=edit_x0, edit=edit)
 
 
@@ -298,14 +293,6 @@ def ode_sample(velocity: VelocityField, observation: Tensor, x: Tensor, flow_ste
     return x.clamp(-1, 1)
 
 
-def edited(
-    edit_actor: EditPolicy, observation: Tensor, action: Tensor, noise: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
-    """(E13) a = clip(a_flow + edit_scale edit) from a_flow and noise [B, A] -> a [B, A], log pi(edit) [B]."""
-    edit, log_prob = edit_actor(observation, action, noise)
-    return (action + args.edit_scale * edit).clamp(-1, 1), log_prob
-
-
 def policy_action(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
     """What acts: actor_fast, at observation [n, O] from noise [n, A] -> action chunks [n, A] in [-1, 1]; with QAM-E's
     edits of them, from noise [n, 2A]."""
@@ -313,7 +300,7 @@ def policy_action(agent: Agent, observation: Tensor, noise: Tensor, args: Args) 
         return ode_sample(agent.actor_fast, observation, noise, args.flow_steps)
     flow_noise, edit_noise = noise.chunk(2, dim=-1)
     action = ode_sample(agent.actor_fast, observation, flow_noise, args.flow_steps)
-    return edited(agent.edit_actor, observation, action, edit_noise, args)[0]
+    return agent.edit_actor(observation, action, edit_noise)[0]
 
 
 def critic_target(agent: Agent, batch: common.Batch, next_action_noise: Tensor, args: Args) -> Tensor:
@@ -414,19 +401,14 @@ def edit_loss(agent: Agent, observation: Tensor, noise: Noise, args: Args) -> tu
     alone -> their sum, and its statistics."""
     with torch.no_grad():
         action = ode_sample(agent.actor_fast, observation, noise.edit_x0, args.flow_steps)  # [B, A]
-    action, log_prob = edited(agent.edit_actor, observation, action, noise.edit, args)
+    action, log_prob = agent.edit_actor(observation, action, noise.edit)  # [B, A], [B]
     frozen = {name: parameter.detach() for name, parameter in agent.critic.named_parameters()}
     loss_q = -torch.func.functional_call(agent.critic, frozen, (observation, action)).mean()
     alpha, entropy = agent.edit_actor.log_alpha.exp(), -log_prob.mean()
     loss_entropy = -alpha.detach() * entropy
     loss_alpha = alpha * (entropy.detach() + args.entropy_scale * action.shape[-1])
-    statistics = {
-        "losses/edit_q_loss": loss_q.detach(),
-        "losses/edit_entropy_loss": loss_entropy.detach(),
-        "losses/edit_alpha_loss": loss_alpha.detach(),
-        "losses/edit_entropy": entropy.detach(),
-        "losses/edit_alpha": alpha.detach(),
-    }
+    statistics = dict(q_loss=loss_q, entropy_loss=loss_entropy, alpha_loss=loss_alpha, entropy=entropy, alpha=alpha)
+    statistics = {f"losses/edit_{name}": value.detach() for name, value in statistics.items()}
     return loss_q + loss_entropy + loss_alpha, statistics
 
 
@@ -454,7 +436,7 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     Returns its statistics, named as in TensorBoard: scalars on the device, to be read only when they are logged.
     """
     s = batch.observation  # [B, O]
-    temperature = torch.ones_like(batch.reward[0])  # (E12) QAM scales the adjoint instead
+    temperature = torch.ones_like(batch.reward[0])  # lambda_eff = 1: tau multiplies the terminal adjoint instead
     with torch.no_grad():
         target = critic_target(agent, batch, noise.next_action, args)  # [B]
         xs, x_final = memoryless_rollout(agent.actor_fast, agent.target_actor_slow, s, noise.sde_x0, noise.sde)
@@ -506,17 +488,18 @@ def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
     return action.view(n, samples, -1)[torch.arange(n, device=best.device), best]
 
 
-def online_step(agent: Agent, dataset, environment, chunk: np.ndarray, generator, args: Args) -> np.ndarray:
-    """One environment step into the dataset: the first action of `chunk` [n, d], or of a new chunk [c, d] where it is
-    empty -> what is left of it. An episode's end drops the rest of its chunk."""
-    if not len(chunk):
+def online_step(
+    agent: Agent, dataset: common.ReplayBuffer, environment: common.OnlineEnvironment, generator, args: Args
+):
+    """One environment step into the dataset: the next action of the chunk in execution, or the first of a new chunk
+    where nothing is left of it (an episode's end drops the rest)."""
+    if not len(environment.chunk):
         noise = torch.randn(1, args.best_of_n, agent.noise_dim, generator=generator, device=generator.device)
         observation = torch.as_tensor(environment.observation, dtype=torch.float32, device=noise.device)[None]
-        chunk = act(agent, observation, noise, args).view(args.chunk_length, -1).numpy(force=True)
-    transition = environment.step(chunk[0])
-    dataset.append(*transition)
-    episode_ended = transition[-1]
-    return chunk[:0] if episode_ended else chunk[1:]
+        chunk = act(agent, observation, noise, args)  # [1, A]
+        environment.chunk = chunk.view(args.chunk_length, -1).numpy(force=True)  # [c, d]
+    action, environment.chunk = environment.chunk[0], environment.chunk[1:]
+    dataset.append(*environment.step(action))
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -526,7 +509,7 @@ SCRIPT = Path(__file__).stem
 def settings(args: Args) -> dict:
     """What the preset and the environment's domain set, where no flag does."""
     domain = DOMAINS.get(common.domain_of(args.env_id), {})
-    if domain and args.edit_scale:
+    if args.edit_scale and common.domain_of(args.env_id) in EDIT_TEMPERATURES:
         domain = domain | {"inverse_temperature": EDIT_TEMPERATURES[common.domain_of(args.env_id)]}
     return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}
 
@@ -571,7 +554,6 @@ def main(args: Args):
         dataset = run.load_dataset()
         dataset.make_room(args.online_steps)
         environment = common.OnlineEnvironment(args.env_id, args.seed)
-        chunk = np.empty((0, action_dim), dtype=np.float32)  # what is left of the one in execution, online
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(device).manual_seed(args.seed)
         step = 0  # updates done, over all stages; online, environment steps
@@ -580,16 +562,17 @@ def main(args: Args):
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
-            dataset.load_online_rows(run.checkpoint["online_rows"])
+            dataset.load_state_dict(run.checkpoint["replay"])
             environment.load_state_dict(run.checkpoint["environment"])
-            chunk = run.checkpoint["chunk"].numpy()
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
         run.announce("offline", offline_end - max(step, bc_steps), lambda: train_step(*trial, "offline", args))
         online_updates = args.utd_ratio * (total_steps - max(step, offline_end + args.online_start))
-        run.announce("online", online_updates, lambda: train_step(*trial, "offline", args))
+        run.announce(
+            "online", online_updates, lambda: train_step(*trial, "offline", args)
+        )  # there are no online rows yet
 
         run.begin(step, total_steps)
         if step == bc_steps == 0:
@@ -599,7 +582,7 @@ def main(args: Args):
             updates, statistics = 1, {}
             if step >= offline_end:
                 stage, stage_start = "online", offline_end
-                chunk = online_step(agent, dataset, environment, chunk, generator, args)
+                online_step(agent, dataset, environment, generator, args)
                 updates = args.utd_ratio if step - offline_end >= args.online_start else 0
             for _ in range(updates):
                 statistics = train_step(agent, optimizer, dataset, generator, stage, args)
@@ -620,8 +603,7 @@ def main(args: Args):
             if evaluation_due or stage_step % args.checkpoint_interval == 0:
                 run.save(
                     agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
-                    online_rows=dataset.online_rows(), environment=environment.state_dict(),
-                    chunk=torch.from_numpy(chunk),
+                    replay=dataset.state_dict(), environment=environment.state_dict(),
                 )  # fmt: skip
         run.finish(policy)
 

@@ -47,7 +47,7 @@ class Args:
     seed: int = 0
     """seed of the networks, batches, noise and evaluation episodes"""
     run_dir: str = ""
-    """folder of the run's files; default runs/{env_id}__trqam_offline__{seed}__{time}"""
+    """folder of the run's files; default runs/{env_id}__{script}__{seed}__{time}"""
     resume: bool = False
     """continue the run in --run-dir from its checkpoint, with the settings stored there"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -153,14 +153,14 @@ QUICK = dict(
 class VelocityField(nn.Module):
     """v(s, x, t), the flow policy: an MLP on [s, x, t]; tanh-GELU (and LayerNorm, if asked for), output unbounded."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], layer_norm: bool):
+    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...], layer_norm: bool):
         super().__init__()
-        layers, width = [], observation_dim + action_dim + 1
+        layers, width = [], observation_dim + chunk_dim + 1
         for hidden_dim in hidden_dims:
             layers += [nn.Linear(width, hidden_dim), nn.GELU(approximate="tanh")]
             layers += [nn.LayerNorm(hidden_dim, eps=1e-6)] if layer_norm else []
             width = hidden_dim
-        self.net = nn.Sequential(*layers, nn.Linear(width, action_dim))
+        self.net = nn.Sequential(*layers, nn.Linear(width, chunk_dim))
         for layer in self.net:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -175,10 +175,10 @@ class VelocityField(nn.Module):
 class Critic(nn.Module):
     """Q^e(s, a) for e = 1 ... E: independent MLPs on [s, a], tanh-GELU then LayerNorm, with their weights stacked."""
 
-    def __init__(self, observation_dim: int, action_dim: int, hidden_dims: tuple[int, ...], num_critics: int):
+    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...], num_critics: int):
         super().__init__()
         self.num_critics = num_critics
-        widths = [observation_dim + action_dim, *hidden_dims, 1]
+        widths = [observation_dim + chunk_dim, *hidden_dims, 1]
         kernels = [torch.empty(num_critics, *in_out) for in_out in itertools.pairwise(widths)]
         for kernel in kernels:
             for member in kernel:
@@ -201,15 +201,15 @@ class Critic(nn.Module):
 class Agent(nn.Module):
     """The networks and the two numbers of the dual descent, all of which a checkpoint holds."""
 
-    def __init__(self, observation_dim: int, action_dim: int, args: Args):
+    def __init__(self, observation_dim: int, chunk_dim: int, args: Args):
         super().__init__()
-        self.critic = Critic(observation_dim, action_dim, args.hidden_dims, args.num_critics)
+        self.critic = Critic(observation_dim, chunk_dim, args.hidden_dims, args.num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # v_slow, cloned all along; v_base, its moving average: the prior; v_fast, the fine-tuned policy: what acts
-        self.actor_slow = VelocityField(observation_dim, action_dim, args.hidden_dims, args.actor_layer_norm)
+        self.actor_slow = VelocityField(observation_dim, chunk_dim, args.hidden_dims, args.actor_layer_norm)
         self.target_actor_slow = copy.deepcopy(self.actor_slow).requires_grad_(False)
         self.actor_fast = copy.deepcopy(self.actor_slow)
-        self.noise_dim = action_dim  # normal numbers behind one action of the policy
+        self.noise_dim = chunk_dim  # normal numbers behind one action chunk of the policy
         self.register_buffer("lam", torch.tensor(1.0))  # lambda
         self.register_buffer("kl_ema", torch.tensor(0.0))  # D
 
@@ -236,12 +236,12 @@ class Noise(NamedTuple):
     sde: Tensor  # [K, B, A] normal, its increments (the last is not used: that step has no noise)
 
 
-def draw_noise(batch_size: int, action_dim: int, args: Args, generator: torch.Generator) -> Noise:
+def draw_noise(batch_size: int, chunk_dim: int, args: Args, generator: torch.Generator) -> Noise:
     """The noise of one update, from `generator`, on its device."""
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
-    next_action, flow_x0, sde_x0 = normal(3, batch_size, action_dim)  # [B, A] each
+    next_action, flow_x0, sde_x0 = normal(3, batch_size, chunk_dim)  # [B, A] each
     flow_t = torch.rand(batch_size, 1, generator=generator, device=generator.device)
-    return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, action_dim))
+    return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, chunk_dim))
 
 
 def ode_sample(velocity: VelocityField, observation: Tensor, x: Tensor, flow_steps: int) -> Tensor:

@@ -23,6 +23,12 @@ from matplotlib.figure import Figure
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; beyond the table the normal distribution's.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 
+# Settings in which runs of one method may differ: the others make them another method.
+MAY_DIFFER = set(
+    "seed run_dir resume device num_threads dataset_path dataset_dir collect_seed bc_checkpoint bc_steps eval_only "
+    "checkpoint eval_interval log_interval checkpoint_interval capture_video track offline_steps".split()
+)
+
 
 @dataclass
 class Args:
@@ -76,10 +82,17 @@ def main(args: Args):
     if not args.runs:
         sys.exit("error: name at least one folder of a run")
     groups: dict[str, dict[str, dict[int, dict]]] = {}  # task -> method -> seed -> curve
+    first: dict[tuple[str, str], dict] = {}  # (task, method) -> settings of its first run
     origins = {}
     for folder in args.runs:
         config, curve = read_run(folder)
         env_id, seed = config["args"]["env_id"], config["args"]["seed"]
+        settings = {key: value for key, value in config["args"].items() if key not in MAY_DIFFER}
+        same = first.setdefault((env_id, method_of(config)), settings)
+        for key in settings | same:
+            ours, theirs = settings.get(key), same.get(key)
+            if ours != theirs:
+                sys.exit(f"error: {folder} has {key} {ours}, the first run of its method and task {theirs}")
         seeds = groups.setdefault(env_id, {}).setdefault(method_of(config), {})
         if seed in seeds:
             sys.exit(f"error: {folder} is a second run of {method_of(config)} with seed {seed} on {env_id}")

@@ -4,14 +4,14 @@
     python benchmarks/mechanism.py --seeds 3     # the committed figure
     python benchmarks/mechanism.py --full        # prints the commands of the same runs at full size, for a GPU
 
-All runs are runs of `trqam_offline.py` and `qam_baseline.py` with the quick preset, fine-tuned from one cloned policy
-per seed. Finished ones are kept in --runs-dir and reused; one that was stopped is resumed. What the study changes in a
-script, it changes from outside, here:
+All runs are runs of `trqam_offline.py` and `qam_baseline.py`, fine-tuned from one cloned policy per seed. Finished ones
+are kept in --runs-dir and reused; one that was stopped is resumed. What the study changes in a script, it changes from
+outside, here:
 
 critic error: the critic that steers the policy is Q + e f, with f a fixed random function of (s, a), of mean 0 and
-    variance 1 (256 random Fourier features of a Gaussian kernel of length scale 1 in each number of s and a; seeded by
-    the run's seed). So e is the root mean square of the critic's error, and of each number of its gradient's error.
-    What the critic itself learns is untouched: the error is in (E7) alone.
+    variance 1 (256 random Fourier features of a Gaussian kernel of length scale 1 in each number of the action and 5 in
+    each of the observation; seeded by the run's seed). So e is the root mean square of the critic's error, and of each
+    number of its action gradient's error. What the critic itself learns is untouched: the error is in (E7) alone.
 external penalty: QAM's loss plus b KL, KL the path KL (E11) of the batch, with b >= 0 moved by the same dual descent
     that moves TRQAM's lambda, at its own rate: b <- b + 5 (D - budget). At the regression's optimum it divides QAM's
     inverse temperature by 1 + b h / (2 c).
@@ -26,10 +26,11 @@ import multiprocessing
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,6 +46,7 @@ PRESET_BUDGET, PRESET_TEMPERATURE, EDIT_SCALE = 0.2, 1.0, 0.1  # of the plain co
 BUDGETS = (0.1, 0.5, 1.5)
 TEMPERATURES = (1.0, 3.0, 10.0)
 ERRORS = (1.0, 3.0)
+OBSERVATION_LENGTH = 5.0  # over which the critic's error changes; two random states of this data are 5.5 apart
 COMPARED_BUDGET, COMPARED_TEMPERATURE = 0.5, 3.0  # of the runs with a wrong critic, and of the constant lambda
 PENALISED_TEMPERATURE = 10.0  # of the runs with an external penalty: QAM alone goes far over the budget with it
 
@@ -60,9 +62,13 @@ class Args:
     output: str = "runs/mechanism"
     """folder of mechanism.png and mechanism.md"""
     workers: int = os.cpu_count()
-    """runs trained at the same time, one thread each"""
+    """runs trained at the same time (each on one thread, with the quick preset)"""
+    preset: Literal["quick", "full"] = "quick"
+    """preset of the scripts; `full`: the settings of the environment's domain"""
+    env_id: str = "cube-single-play-singletask-task2-v0"
+    """OGBench single-task environment"""
     full: bool = False
-    """print the commands of the settings that need no change from outside, at full size, and stop"""
+    """print the commands of the same study at full size, for a GPU, and stop"""
 
 
 @dataclass
@@ -79,6 +85,7 @@ def random_function(seed: int, observation_dim: int, action_dim: int) -> Callabl
     """f(s [B, O], a [B, A]) -> [B], of mean 0 and variance 1 over such functions: see this file's head."""
     generator = torch.Generator().manual_seed(seed)
     frequencies = torch.randn(observation_dim + action_dim, 256, generator=generator)
+    frequencies[:observation_dim] /= OBSERVATION_LENGTH
     phases = 2 * torch.pi * torch.rand(256, generator=generator)
     amplitude = (2 / 256) ** 0.5
     return lambda s, a: amplitude * torch.cos(torch.cat([s, a], dim=-1) @ frequencies.to(a) + phases.to(a)).sum(-1)
@@ -175,12 +182,16 @@ def last_quarter(run: Path, key: str) -> float:
     return float(np.mean([float(row.get(key) or "nan") for row in rows[-max(1, len(rows) // 4) :]]))
 
 
-def finished(run: Path, updates: int) -> bool:
-    """Whether a run has been evaluated at its last update."""
+def finished(run: Path, updates: int, args: Args) -> bool:
+    """Whether a run has been evaluated at its end. Raises UserError for a run of other settings."""
+    if not (run / "config.json").exists():
+        return False
+    stored = json.loads((run / "config.json").read_text())["args"]
+    for key, value in dict(preset=args.preset, env_id=args.env_id, offline_steps=updates).items():
+        if stored[key] != value:
+            raise common.UserError(f"{run} was made with {key} {stored[key]}, not {value}; name another --runs-dir")
     rows = read(run / "eval.csv") if (run / "eval.csv").exists() else []
-    return any(int(row["step"]) == updates and row["stage"] == "offline" for row in rows) and bool(
-        (run / "checkpoint.pt").exists()
-    )
+    return bool(rows) and int(rows[-1]["step"]) == (updates or stored["bc_steps"])
 
 
 def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
@@ -188,8 +199,8 @@ def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
     script = importlib.import_module(setting.script)
     if setting.change:
         setting.change(script, seed)
-    resume = ["--resume"] if (run / "config.json").exists() else ["quick", "--seed", str(seed), *flags]
-    sys.argv = [f"{setting.script}.py", *resume, "--run-dir", str(run), "--num-threads", "1"]
+    how = ["--resume"] if (run / "config.json").exists() else [*flags, "--seed", str(seed)]
+    sys.argv = [f"{setting.script}.py", *how, "--run-dir", str(run)]
     run.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(run.parent / f"{run.name}.log", "a") as log,
@@ -200,19 +211,30 @@ def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
             common.run_script(script.main, script.Args, script.settings, script.SCRIPT)
         except SystemExit as stop:
             return str(stop.code)
+        except Exception as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
     return ""
 
 
 def train_all(args: Args, study: list[Setting]):
     """Train what is not there yet, `workers` runs at a time. Raises UserError where one fails."""
     runs = Path(args.runs_dir)
-    steps = ["--offline-steps", str(args.updates), "--eval-interval", str(args.updates // 2), "--log-interval", "25"]
+    common_flags = [args.preset, "--env-id", args.env_id]
+    if args.preset == "quick":
+        every = ["--eval-interval", str(args.updates // 2), "--log-interval", "25"]
+        common_flags += [*every, "--num-threads", "1"]
     prior = Setting("prior", "behaviour cloning", "trqam_offline", ["--offline-steps", "0"])
-    flags = lambda seed: [*steps, "--bc-checkpoint", str(runs / f"prior-seed{seed}" / "bc_checkpoint.pt")]
+    from_prior = lambda seed: ["--bc-checkpoint", str(runs / f"prior-seed{seed}" / "bc_checkpoint.pt")]
+    tuned = [
+        (setting, seed, [*common_flags, *setting.flags, "--offline-steps", str(args.updates), *from_prior(seed)])
+        for seed in range(args.seeds)
+        for setting in study
+    ]
     waves = [
-        [(prior, seed, prior.flags) for seed in range(args.seeds)],
-        [(s, seed, [*s.flags, *flags(seed)]) for seed in range(args.seeds) for s in study if not s.after],
-        [(s, seed, [*s.flags, *flags(seed)]) for seed in range(args.seeds) for s in study if s.after],
+        [(prior, seed, [*common_flags, *prior.flags]) for seed in range(args.seeds)],
+        [run for run in tuned if not run[0].after],
+        [run for run in tuned if run[0].after],
     ]
     with concurrent.futures.ProcessPoolExecutor(
         args.workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
@@ -221,7 +243,7 @@ def train_all(args: Args, study: list[Setting]):
             tasks = {}
             for setting, seed, flags in wave:
                 run = runs / f"{setting.name}-seed{seed}"
-                if finished(run, args.updates) or (setting is prior and (run / "bc_checkpoint.pt").exists()):
+                if finished(run, 0 if setting is prior else args.updates, args):
                     continue
                 if setting.after:
                     lam = str(last_quarter(runs / f"{setting.after}-seed{seed}", "trust_region/lambda"))
@@ -336,14 +358,18 @@ def main(args: Args):
         raise common.UserError("--seeds and --workers must be at least 1, and --updates at least 200")
     study = settings()
     if args.full:
-        for seed in range(max(3, args.seeds)):
-            prior = ["--seed", str(seed), "--run-dir", f"runs/full/prior-seed{seed}", "--offline-steps", "0"]
-            print(shlex.join(["python", "trqam_offline.py", *prior]))
-            for setting in study:
-                if not setting.change and not setting.after:
-                    flags = [*setting.flags, "--seed", str(seed), "--run-dir", f"runs/full/{setting.name}-seed{seed}"]
-                    flags += ["--bc-checkpoint", f"runs/full/prior-seed{seed}/bc_checkpoint.pt"]
-                    print(shlex.join(["python", f"{setting.script}.py", *flags]))
+        env_id = args.env_id if "cube-single" not in args.env_id else "scene-play-singletask-task1-v0"
+        size = f"--preset full --updates 1000000 --seeds {max(3, args.seeds)} --workers 1"
+        print(f"# all of it, one run after the other:\npython benchmarks/mechanism.py {size} --env-id {env_id}"
+              " --runs-dir runs/mechanism-full --output runs/mechanism-full\n"
+              "# its runs that change nothing in a script, one by one (here seed 0):")  # fmt: skip
+        folder = "runs/mechanism-full"
+        print(f"python trqam_offline.py --env-id {env_id} --offline-steps 0 --run-dir {folder}/prior-seed0")
+        for setting in study:
+            if not setting.change and not setting.after:
+                flags = [*setting.flags, "--bc-checkpoint", f"{folder}/prior-seed0/bc_checkpoint.pt"]
+                where = ["--env-id", env_id, "--run-dir", f"{folder}/{setting.name}-seed0"]
+                print(shlex.join(["python", f"{setting.script}.py", *where, *flags]))
         return
     train_all(args, study)
     output = Path(args.output)

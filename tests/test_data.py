@@ -88,9 +88,14 @@ def test_a_buffer_that_grew_equals_one_of_the_same_rows(stop, sparse):
 
     copy = common.ReplayBuffer(**offline, **settings)
     copy.make_room(20)
-    copy.load_online_rows(buffer.online_rows())
+    copy.load_state_dict(buffer.state_dict())
     assert (copy.size, copy.episodes) == (buffer.size, buffer.episodes)
     assert all(torch.equal(a, b) for a, b in zip(copy.chunks(starts), buffer.chunks(starts)))
+    without_room = common.ReplayBuffer(**offline, **settings)
+    without_room.make_room(0)
+    size = without_room.size
+    without_room.load_state_dict(without_room.state_dict())
+    assert without_room.size == size == 13
     row = np.zeros(3), np.zeros(2), -1.0, 1.0, np.ones(3)
     for grown in (copy, buffer):  # both go on alike
         grown.append(*row, done=True)
@@ -120,7 +125,6 @@ def test_a_played_again_episode_is_the_same():
         ours, theirs = first.step(action), second.step(action)
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
     assert not np.array_equal(first.observation, common.OnlineEnvironment(env_id, 4).observation)
-    first.close(), second.close()
 
 
 def test_chunk_starts_are_uniform_over_all_transitions():

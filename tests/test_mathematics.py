@@ -278,9 +278,9 @@ def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range():
 
 def test_the_edits_density_is_that_of_a_squashed_gaussian():
     """log pi against the change of variables, with the Jacobian of noise -> edit by autograd."""
-    edits = qam_baseline.EditPolicy(O, A, (16, 16))
-    s, a, noise = torch.randn(B, O), torch.randn(B, A), torch.randn(B, A)
-    edit, log_prob = edits(s, a, noise)
+    edits = qam_baseline.EditPolicy(O, A, (16, 16), edit_scale=1.0)
+    s, a, noise = torch.randn(B, O), torch.zeros(B, A), torch.randn(B, A)
+    edit, log_prob = edits(s, a, noise)  # the edited action is the edit itself
     normal = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1)
     of_one = lambda s, a, noise: edits(s[None], a[None], noise[None])[0][0]
     jacobian = torch.func.vmap(torch.func.jacrev(of_one, 2))(s, a, noise)  # [B, A, A]

@@ -132,8 +132,8 @@ def test_the_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(datase
         assert start("qam_baseline", monkeypatch, *flags, "--run-dir", run_dir, "--resume") is None
         assert differences(tmp_path / "whole", tmp_path / run_dir) == []
     state = torch.load("whole/checkpoint.pt", weights_only=True)
-    assert len(state["online_rows"]["ends"]) == 4  # 31 steps of 7-step episodes
-    assert len(state["online_rows"]["rewards"]) == 31 + 4 + 1 and state["environment"]["episode"] == 4
+    assert state["replay"]["size"] == 2031 and state["replay"]["episodes"] == 2 + 4  # 31 steps of 7-step episodes
+    assert len(state["replay"]["rewards"]) == 31 + 4 + 1 and state["environment"]["episode"] == 4
     evaluated = [(row["stage"], int(row["step"])) for row in rows(Path("whole/eval.csv"))]
     assert evaluated[3:] == [("online", 9), ("online", 18), ("online", 27), ("online", 31)]
     train = {int(row["step"]): row for row in rows(Path("whole/train.csv")) if row["stage"] == "online"}
@@ -143,12 +143,16 @@ def test_the_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(datase
     # Going online later is the same as going online at once; fewer steps than are done cannot be asked for.
     offline = [*TINY, "--dataset-path", dataset, *ONLINE, "--online-steps", 0, "--run-dir", "later"]
     assert start("qam_baseline", monkeypatch, *offline) is None
+    fewer = ["--offline-steps", 9, "--online-steps", 31]
+    said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", *fewer)
+    assert "has done 18 offline steps" in said
     assert start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", "--online-steps", 31) is None
     assert differences(tmp_path / "whole", tmp_path / "later") == []
-    said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", "--online-steps", 9)
-    assert said.startswith("error: --online-steps") and "\n" not in said
-    said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", "--offline-steps", 99)
-    assert "--offline-steps 18" in said
+    config = Path("later/config.json").read_bytes()
+    for steps in (["--online-steps", 11], ["--offline-steps", 99], ["--offline-steps", 17]):
+        said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", *steps)
+        assert "has done 18 offline and 31 online steps" in said and "\n" not in said
+    assert Path("later/config.json").read_bytes() == config
 
 
 def short_episodes(monkeypatch):
@@ -161,14 +165,17 @@ def short_episodes(monkeypatch):
 class Corridor:
     """Stands in for an environment: each third step ends its episode."""
 
-    observation = np.zeros(2)
+    action_space = gymnasium.spaces.Box(-9, 9, (1,))
 
     def __init__(self):
         self.actions = []
 
+    def reset(self, seed):
+        return np.zeros(2), {}
+
     def step(self, action):
         self.actions.append(float(action[0]))
-        return self.observation, action, -1.0, 1.0, self.observation, len(self.actions) % 3 == 0
+        return np.zeros(2), -1.0, False, len(self.actions) % 3 == 0, {"success": 0.0}
 
 
 def test_an_episodes_end_drops_the_rest_of_its_chunk(dataset, monkeypatch):
@@ -176,12 +183,14 @@ def test_an_episodes_end_drops_the_rest_of_its_chunk(dataset, monkeypatch):
     data.make_room(8)
     chunks = iter(torch.arange(20.0).view(10, 2))  # one number an action, two actions a chunk
     monkeypatch.setattr(qam_baseline, "act", lambda *_: next(chunks))
-    args, environment, chunk = qam_baseline.Args(chunk_length=2), Corridor(), np.empty((0, 1))
+    corridor = Corridor()
+    monkeypatch.setattr(common, "make_env", lambda _: corridor)
+    args, environment = qam_baseline.Args(chunk_length=2), common.OnlineEnvironment("", 0)
     agent = qam_baseline.Agent(2, 4, qam_baseline.Args(hidden_dims=(4,)))
     for _ in range(8):
-        chunk = qam_baseline.online_step(agent, data, environment, chunk, torch.Generator(), args)
-    assert environment.actions == [0, 1, 2, 4, 5, 6, 8, 9]  # 3 and 7 were never executed
-    assert len(chunk) == 0 and data.size == 2008 and data.episodes == 4
+        qam_baseline.online_step(agent, data, environment, torch.Generator(), args)
+    assert corridor.actions == [0, 1, 2, 4, 5, 6, 8, 9]  # 3 and 7 were never executed
+    assert len(environment.chunk) == 0 and data.size == 2008 and data.episodes == 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -391,6 +400,10 @@ BAD_FOR = {  # the same, for one script
         "edits above 1": (lambda t, d: ["--edit-scale", 1.5], ["--edit-scale", "between 0 and 1", "1.5"]),
         "edits not a number": (lambda t, d: ["--edit-scale", "nan"], ["--edit-scale", "between 0 and 1"]),
         "steps below 0": (lambda t, d: ["--online-steps", -1], ["--online-steps", "0 or greater"]),
+        "no update": (
+            lambda t, d: ["--online-steps", 9, "--online-start", 9],
+            ["--online-start 9", "--online-steps 9"],
+        ),
         "no chunk to balance with": (
             lambda t, d: ["--online-steps", 9, "--online-start", 3, "--balanced-sampling"],
             ["--online-start 3", "--balanced-sampling", "4"],
@@ -502,7 +515,7 @@ def test_a_failed_download_says_how_to_go_on(env_id, way_out, tmp_path, monkeypa
 def test_divergence_is_named_and_ends_the_run(dataset, monkeypatch):
     flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--learning-rate", 1e30]
     said = start("trqam_offline", monkeypatch, *flags)
-    assert "is nan at update" in said or "is inf at update" in said
+    assert "is nan at step" in said or "is inf at step" in said
     assert "--learning-rate" in said
 
 

@@ -20,7 +20,7 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
         },
         "Noise": {"next_action: Tensor  # [B, A] normal, x_0 of the next action in the critic's target"},
         "draw_noise": {
-            "return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, action_dim))",
+            "return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, chunk_dim))",
         },
         "policy_action": {
             '"""What acts: actor_fast, at observation [n, O] from noise [n, A] -> action chunks [n, A] in [-1, 1]."""',
