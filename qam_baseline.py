@@ -491,8 +491,8 @@ def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
 def online_step(
     agent: Agent, dataset: common.ReplayBuffer, environment: common.OnlineEnvironment, generator, args: Args
 ):
-    """One environment step into the dataset: the next action of the chunk in execution, or the first of a new chunk
-    where nothing is left of it (an episode's end drops the rest)."""
+    """One environment step into the dataset: the next action of the chunk in execution, or, where nothing is left of
+    it (an episode's end drops the rest), the first of a new one."""
     if not len(environment.chunk):
         noise = torch.randn(1, args.best_of_n, agent.noise_dim, generator=generator, device=generator.device)
         observation = torch.as_tensor(environment.observation, dtype=torch.float32, device=noise.device)[None]
@@ -568,11 +568,9 @@ def main(args: Args):
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
-        run.announce("offline", offline_end - max(step, bc_steps), lambda: train_step(*trial, "offline", args))
-        online_updates = args.utd_ratio * (total_steps - max(step, offline_end + args.online_start))
-        run.announce(
-            "online", online_updates, lambda: train_step(*trial, "offline", args)
-        )  # there are no online rows yet
+        online_updates = args.utd_ratio * max(0, total_steps - max(step, offline_end + args.online_start))
+        updates = max(0, offline_end - max(step, bc_steps)) + online_updates
+        run.announce("fine-tuning", updates, lambda: train_step(*trial, "offline", args))
 
         run.begin(step, total_steps)
         if step == bc_steps == 0:

@@ -492,7 +492,7 @@ def main(args: Args):
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
-        run.announce("offline", total_steps - max(step, bc_steps), lambda: train_step(*trial, "offline", args))
+        run.announce("fine-tuning", total_steps - max(step, bc_steps), lambda: train_step(*trial, "offline", args))
 
         run.begin(step, total_steps)
         if step == bc_steps == 0:
