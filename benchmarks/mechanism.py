@@ -60,7 +60,7 @@ class Args:
     runs_dir: str = "runs/mechanism"
     """folder of the runs; finished ones in it are reused"""
     output: str = "runs/mechanism"
-    """folder of mechanism.png and mechanism.md"""
+    """folder of mechanism.png, mechanism.md and mechanism.csv"""
     workers: int = os.cpu_count()
     """runs trained at the same time (each on one thread, with the quick preset)"""
     preset: Literal["quick", "full"] = "quick"
@@ -179,7 +179,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def last_quarter(run: Path, key: str) -> float:
     """Mean of a column of train.csv over the last quarter of fine-tuning; nan where it is not logged."""
     rows = [row for row in read(run / "train.csv") if row["stage"] == "offline"]
-    return float(np.mean([float(row.get(key) or "nan") for row in rows[-max(1, len(rows) // 4) :]]))
+    values = [float(row.get(key) or "nan") for row in rows[-max(1, len(rows) // 4) :]]
+    return float(np.mean(values)) if values else float("nan")
 
 
 def finished(run: Path, updates: int, args: Args) -> bool:
@@ -257,33 +258,44 @@ def train_all(args: Args, study: list[Setting]):
                 print(f"finished {run}", flush=True)
 
 
-def summarise(args: Args, study: list[Setting]) -> str:
-    """The table, as markdown: means over seeds ± their standard error."""
-    runs = Path(args.runs_dir)
-    over_seeds = lambda values: (
-        f"{np.mean(values):.3g}" + (f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2g}" if len(values) > 1 else "")
-    )
-    lines = [
-        "| | success | path KL | λ | critic loss |",
-        "|---|---|---|---|---|",
-    ]
-    priors = [float(read(runs / f"prior-seed{seed}" / "eval.csv")[-1]["success"]) for seed in range(args.seeds)]
-    lines += [f"| behaviour cloning | {over_seeds(priors)} | 0 | | |"]
-    for setting in study:
-        folders = [runs / f"{setting.name}-seed{seed}" for seed in range(args.seeds)]
-        success = [float(read(run / "eval.csv")[-1]["success"]) for run in folders]
-        kl, lam, critic_loss = (
-            [last_quarter(run, key) for run in folders]
-            for key in ("trust_region/path_kl", "trust_region/lambda", "losses/critic_loss")
-        )
-        lam = "" if np.isnan(lam).any() else over_seeds(lam)
-        lines += [f"| {setting.label} | {over_seeds(success)} | {over_seeds(kl)} | {lam} | {over_seeds(critic_loss)} |"]
+COLUMNS = {  # of mechanism.csv, after the success -> column of train.csv, averaged over the last quarter of fine-tuning
+    "path_kl": "trust_region/path_kl",
+    "lambda": "trust_region/lambda",
+    "critic_loss": "losses/critic_loss",
+}
+
+
+def summarise(args: Args, study: list[Setting]) -> list[dict[str, Any]]:
+    """What each run came to, with where it was made: the rows of mechanism.csv."""
+    rows = []
+    for name, label in [("prior", "behaviour cloning"), *((setting.name, setting.label) for setting in study)]:
+        for seed in range(args.seeds):
+            run = Path(args.runs_dir) / f"{name}-seed{seed}"
+            config, last = json.loads((run / "config.json").read_text()), read(run / "eval.csv")[-1]
+            row = dict(setting=label, seed=seed, updates=0 if name == "prior" else args.updates)
+            row |= {key: float(last[key]) for key in ("success", "success_stderr")}
+            row |= {key: last_quarter(run, column) for key, column in COLUMNS.items()}
+            row |= dict(env_id=args.env_id, dataset_sha256=config["dataset"]["sha256"], commit=config["git_commit"])
+            rows.append(row | dict(cpu=config["hardware"]["cpu"], torch=config["versions"]["torch"]))
+    return rows
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds ± their standard error, as markdown."""
+    lines = ["| | success | path KL | λ | critic loss |", "|---|---|---|---|---|"]
+    for label in dict.fromkeys(row["setting"] for row in rows):
+        cells = []
+        for key in ("success", *COLUMNS):
+            values = [row[key] for row in rows if row["setting"] == label]
+            error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""
+            cells.append("" if np.isnan(values).any() else f"{np.mean(values):.3g}{error}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def describe(args: Args) -> str:
     """What the runs are, for figure and table."""
-    config = json.loads((Path(args.runs_dir) / "trqam-0.5-seed0" / "config.json").read_text())
+    config = json.loads((Path(args.runs_dir) / "prior-seed0" / "config.json").read_text())
     seeds = f"{args.seeds} seeds" if args.seeds > 1 else "1 seed"
     hardware = config["hardware"]
     return (
@@ -374,10 +386,15 @@ def main(args: Args):
     train_all(args, study)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    table = summarise(args, study)
+    rows = summarise(args, study)
+    table = as_table(rows)
     (output / "mechanism.md").write_text(f"{describe(args)}\n\n{table}")
+    with open(output / "mechanism.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     draw(args, study).savefig(output / "mechanism.png", dpi=80)
-    print(f"\n{table}\n{output / 'mechanism.png'}, {output / 'mechanism.md'}")
+    print(f"\n{table}\n{output}: mechanism.png, mechanism.md (this table), mechanism.csv (each run)")
 
 
 if __name__ == "__main__":

@@ -131,22 +131,23 @@ def test_runs_are_grouped_by_method_and_drawn_with_their_intervals(tmp_path, cap
         compare.main(compare.Args(runs=(tmp_path / "nowhere",), output=tmp_path / "figure.png"))
 
 
-def test_the_study_says_what_its_runs_say(tmp_path):
+def test_the_study_says_what_its_runs_say(tmp_path, monkeypatch):
     folders = dict(runs_dir=str(tmp_path), output=str(tmp_path))
     args = mechanism.Args(seeds=2, updates=400, env_id="cube-double-play-singletask-task1-v0", **folders)
     study = mechanism.settings()
     assert len({setting.name for setting in study}) == len(study)
     for seed in range(2):
-        write_run(tmp_path / f"prior-seed{seed}", "trqam_offline", seed, [("bc", 9, 0.1 + 0.1 * seed)])
+        made = dict(hardware=dict(cores=2, cpu="a processor"), versions=dict(torch="2"), git_commit="abc")
+        prior = write_run(tmp_path / f"prior-seed{seed}", "trqam_offline", seed, [("bc", 9, 0.1 + 0.1 * seed)])
+        (prior / "config.json").write_text(json.dumps(json.loads((prior / "config.json").read_text()) | made))
+        (prior / "train.csv").write_text("stage,step,losses/bc_loss\nbc,9,0.5\n")
         for number, setting in enumerate(study):
             run = tmp_path / f"{setting.name}-seed{seed}"
             curve = [("bc", 0, 0.1), ("offline", 200, 0.2), ("offline", 400, 0.3 + 0.02 * number + 0.1 * seed)]
             write_run(run, setting.script, seed, curve, eval_episodes=50, preset="quick", bc_steps=9)
             config = json.loads((run / "config.json").read_text())
             config["args"] |= dict(offline_steps=400)
-            config["dataset"] |= dict(dataset="cube-double-play-v0", files=["x.npz"], transitions=1000)
-            config |= dict(hardware=dict(cores=2, cpu="a processor"), versions=dict(torch="2"), git_commit="abc")
-            (run / "config.json").write_text(json.dumps(config))
+            (run / "config.json").write_text(json.dumps(config | made))
             with open(run / "train.csv", "w", newline="") as file:
                 table = csv.writer(file)
                 table.writerow(["stage", "step", "trust_region/path_kl", "trust_region/lambda", "losses/critic_loss"])
@@ -160,10 +161,13 @@ def test_the_study_says_what_its_runs_say(tmp_path):
     assert not mechanism.finished(run, 400, args) and not mechanism.finished(tmp_path / "missing", 400, args)
     with open(run / "eval.csv", "a") as file:
         file.write(f"offline,400,{0.3 + 0.02 * number + 0.1},0.05,-100,100,50\n")
-    table = mechanism.summarise(args, study)
-    assert "| behaviour cloning | 0.15 ± 0.05 | 0 | | |" in table
+    rows = mechanism.summarise(args, study)
+    assert len(rows) == 2 * (1 + len(study)) and rows[-1]["commit"] == "abc"
+    table = mechanism.as_table(rows)
+    assert "| behaviour cloning | 0.15 ± 0.05 |  |  |  |" in table
     assert "| TRQAM, budget 0.1 | 0.35 ± 0.05 | 1.5 ± 0.5 | 3 ± 0 | 2 ± 0 |" in table
     assert "| QAM, τ = 3 | 0.43 ± 0.05 | 1.5 ± 0.5 |  | 2 ± 0 |" in table
+    monkeypatch.setattr(mechanism, "describe", lambda args: "two seeds of nothing")
     figure = mechanism.draw(args, study)
     drawn = {line.get_label() for axis in figure.axes for line in axis.lines}
     assert {setting.label for setting in study} <= drawn

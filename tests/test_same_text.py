@@ -41,7 +41,8 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
         "main": {
             "total_steps = bc_steps + args.offline_steps",
             "step = 0  # updates done, over both stages",
-            'run.announce("fine-tuning", total_steps - max(step, bc_steps), lambda: train_step(*trial, "offline", args))',
+            'run.announce("fine-tuning", total_steps - max(step, bc_steps), '
+            'lambda: train_step(*trial, "offline", args))',
             "stage_ends = step in (bc_steps, total_steps)",
             "run.log(stage, stage_step, statistics)",
             "run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())",
