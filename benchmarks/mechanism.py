@@ -328,8 +328,8 @@ def draw(args: Args, study: list[Setting]) -> Any:
     for row, (part, names) in zip(figure.subplots(len(parts), 4), parts.items()):
         for axis, (title, key) in zip(row, (
             ("path KL, nats per action", "trust_region/path_kl"),
-            ("λ", "trust_region/lambda"),
-            ("critic loss", "losses/critic_loss"),
+            ("λ (TRQAM)", "trust_region/lambda"),
+            ("critic loss, mean of 5 rows", "losses/critic_loss"),
             ("success", "success"),
         )):  # fmt: skip
             for name in names:
@@ -343,6 +343,9 @@ def draw(args: Args, study: list[Setting]) -> Any:
                 if not steps:
                     continue
                 values = np.array([[line[step] for step in steps] for line in of_seeds])  # [seeds, steps]
+                if key == "losses/critic_loss" and len(steps) >= 5:
+                    values = np.lib.stride_tricks.sliding_window_view(values, 5, axis=1).mean(-1)
+                    steps = steps[2:-2]
                 if key == "success":
                     priors = [read(runs / f"prior-seed{seed}" / "eval.csv")[-1] for seed in range(args.seeds)]
                     values = np.column_stack([[float(prior["success"]) for prior in priors], values])
