@@ -42,16 +42,18 @@ def train(agent, updates=1, args=ARGS):
 
 
 def test_the_critics_error_has_the_size_and_the_gradient_it_says():
-    values, slopes = [], []
-    for seed in range(40):
+    values, slopes, over_states = [], [], []
+    for seed in range(1000):
         f = mechanism.random_function(seed, O, A)
-        s, a = torch.randn(200, O), torch.rand(200, A) * 2 - 1
+        s, a = 5 * torch.randn(20, O), torch.rand(20, A) * 2 - 1
         values.append(f(s, a))
         slopes.append(torch.func.grad(lambda a: f(s, a).sum())(a))
-    values, slopes = torch.stack(values), torch.stack(slopes)
+        over_states.append(torch.func.grad(lambda s: f(s, a).sum())(s))
+    values, slopes, over_states = torch.stack(values), torch.stack(slopes), torch.stack(over_states)
     assert abs(values.mean()) < 0.1 and abs(values.pow(2).mean() - 1) < 0.1
     assert abs(slopes.pow(2).mean().sqrt() - 1) < 0.1
-    same = mechanism.random_function(39, O, A)(s, a)
+    assert abs(over_states.pow(2).mean().sqrt() - 1 / mechanism.OBSERVATION_LENGTH) < 0.02
+    same = mechanism.random_function(999, O, A)(s, a)
     assert torch.equal(same, values[-1]) and not torch.equal(same, mechanism.random_function(38, O, A)(s, a))
 
 

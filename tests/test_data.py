@@ -305,7 +305,7 @@ class Countdown(gymnasium.Env):
 @pytest.mark.parametrize("episodes", [1, 3, 23])
 def test_evaluation_counts_every_episode_once(monkeypatch, episodes):
     monkeypatch.setattr(common, "make_chunked_env", make_countdown)
-    evaluator = common.Evaluator("", chunk_length=3, episodes=episodes, seed=11)
+    evaluator = common.Evaluator("", chunk_length=3, episodes=episodes, seed=11, noise_dim=3)
     lengths = np.array([seed % 9 + 1 for seed in evaluator.seeds])
     chunks = torch.tensor([[0.0, 0.1, 0.2]])
     for _ in range(2):  # the same episodes again
@@ -331,10 +331,11 @@ def test_evaluation_noise_belongs_to_the_episode(monkeypatch):
     drawn = []
     for cores in (1, 4):
         monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
-        evaluator = common.Evaluator("", chunk_length=3, episodes=9, seed=2)
+        evaluator = common.Evaluator("", chunk_length=3, episodes=9, seed=2, noise_dim=3)
         seen = {}
 
         def policy(observation, noise):
+            assert noise.shape[1:] == (1, 3)
             for o, z in zip(observation.tolist(), noise):
                 seen.setdefault(tuple(o), []).append(z)
             return torch.tensor([[0.0, 0.1, 0.2]]).expand(len(observation), -1)
