@@ -1045,11 +1045,11 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
         try:
             stored = json.loads(config.read_text())
             stored_script, stored_args = stored["script"], dict(stored["args"])
+            if stored_script != script:
+                raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
             args_class(**stored_args)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {config} is damaged ({error!r}); start a new run in another folder") from error
-        if stored_script != script:
-            raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
         return override(args_class, stored_args, RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
     if args.eval_only:
         stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]

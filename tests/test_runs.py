@@ -84,9 +84,8 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_stopped_and_resumed_run_equals_an_untouched_one(script, dataset, tmp_path, monkeypatch):
-    flags = [*TINY, "--dataset-path", dataset]
+def test_a_stopped_and_resumed_run_equals_an_untouched_one(dataset, tmp_path, monkeypatch):
+    script, flags = "trqam_offline", [*TINY, "--dataset-path", dataset]
     assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
     tick = common.Run.tick
     for stop_after in (3, 12, 26):  # before any checkpoint, at the change of stage, in fine-tuning
@@ -108,15 +107,17 @@ def test_a_stopped_and_resumed_run_equals_an_untouched_one(script, dataset, tmp_
     assert len(differences(tmp_path / "whole", tmp_path / "other")) > 10  # the comparison does see differences
 
 
-ONLINE = "--online-steps 31 --online-start 10 --balanced-sampling --edit-scale 0.3 --best-of-n 2".split()
+ONLINE = (
+    "--online-steps 31 --online-start 10 --balanced-sampling --edit-scale 0.3 --best-of-n 2 --eval-interval 20"
+).split()
 
 
-def test_the_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(dataset, tmp_path, monkeypatch):
+def test_a_run_with_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(dataset, tmp_path, monkeypatch):
     short_episodes(monkeypatch)
     flags = [*TINY, "--dataset-path", dataset, *ONLINE]
     assert start("qam_baseline", monkeypatch, *flags, "--run-dir", "whole") is None
     tick = common.Run.tick
-    for stop_after in (39, 48, 57):  # when only collecting, and when updating as well: 12 + 18 steps come before
+    for stop_after in (26, 39, 57):  # offline; online, when only collecting; online, when updating as well
         count = iter(range(1, 1000))
 
         def stopping_tick(run, stop_after=stop_after, count=count):
@@ -135,7 +136,7 @@ def test_the_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(datase
     assert state["replay"]["size"] == 2031 and state["replay"]["episodes"] == 2 + 4  # 31 steps of 7-step episodes
     assert len(state["replay"]["rewards"]) == 31 + 4 + 1 and state["environment"]["episode"] == 4
     evaluated = [(row["stage"], int(row["step"])) for row in rows(Path("whole/eval.csv"))]
-    assert evaluated[3:] == [("online", 9), ("online", 18), ("online", 27), ("online", 31)]
+    assert evaluated == [("bc", 12), ("offline", 18), ("online", 20), ("online", 31)]
     train = {int(row["step"]): row for row in rows(Path("whole/train.csv")) if row["stage"] == "online"}
     assert train[9]["losses/critic_loss"] == "" and float(train[12]["losses/critic_loss"]) > 0
     assert float(train[9]["charts/online_length"]) == 7
@@ -196,6 +197,7 @@ def test_an_episodes_end_drops_the_rest_of_its_chunk(dataset, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, monkeypatch):
     flags = [*TINY, "--dataset-path", str(dataset), "--bc-steps", "60", "--offline-steps", "400"]
+    flags += ["--eval-interval", "300"]
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--run-dir", "killed"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
@@ -279,7 +281,7 @@ def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
         assert parse(*domain).inverse_temperature == 1.0
         assert parse(*domain, "--edit-scale", "0.1").inverse_temperature == 3.0  # QAM-E's own
         assert parse(*domain, "--edit-scale", "0.1", "--inverse-temperature", "2").inverse_temperature == 2.0
-        assert module.EDIT_TEMPERATURES.keys() == module.DOMAINS.keys()
+        assert module.EDIT_TEMPERATURES.keys() < module.DOMAINS.keys()
     assert module.DOMAINS.keys() == trqam_offline.DOMAINS.keys()
 
 
