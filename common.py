@@ -401,10 +401,12 @@ class ChunkDataset:
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """`batch_size` chunks whose first transition is uniform over 0 ... size - c."""
-        start = torch.randint(
-            self.size - self.chunk_length + 1, (batch_size,), generator=generator, device=generator.device
-        )
-        return self.chunks(start)
+        return self.chunks(self.starts(0, self.size, batch_size, generator))
+
+    def starts(self, first: int, stop: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """n uniform first transitions of chunks that lie within the transitions first ... stop - 1 -> [n]."""
+        high = stop - self.chunk_length + 1
+        return torch.randint(first, high, (n,), generator=generator, device=generator.device)
 
     def chunks(self, start: torch.Tensor) -> Batch:
         """The chunks of c transitions that begin at transitions start [B] (int64)."""
@@ -466,12 +468,10 @@ class ReplayBuffer(ChunkDataset):
     def sample_balanced(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Half of the chunks (rounded down) begin in the offline part, the others in the online one, which must hold a
         whole chunk."""
-        starts = lambda first, stop, n: torch.randint(
-            first, stop - self.chunk_length + 1, (n,), generator=generator, device=generator.device
-        )
         half = batch_size // 2
-        offline = starts(0, self.offline_size, half)
-        return self.chunks(torch.cat([offline, starts(self.offline_size, self.size, batch_size - half)]))
+        offline = self.starts(0, self.offline_size, half, generator)
+        online = self.starts(self.offline_size, self.size, batch_size - half, generator)
+        return self.chunks(torch.cat([offline, online]))
 
     def state_dict(self) -> dict[str, Any]:
         """What was appended, for a checkpoint."""
@@ -1082,8 +1082,9 @@ def run_script(main: Callable[[Any], None], args_class: type, settings: Callable
         sys.exit(
             f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path, its rights and the disk"
         )
-    except (MemoryError, RuntimeError) as error:  # torch's own, for the CPU and the GPU, are RuntimeErrors
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        of_memory = MemoryError, torch.OutOfMemoryError  # on the CPU torch raises a plain RuntimeError
+        if not isinstance(error, of_memory) and "can't allocate memory" not in str(error):
             raise
         sys.exit("error: out of memory; use smaller --hidden-dims or --batch-size, or less data")
     except KeyboardInterrupt:
@@ -1141,13 +1142,11 @@ class Run:
         bc_steps = 0 if args.bc_checkpoint else args.bc_steps
         ended, ends = bc_steps + stored["offline_steps"], bc_steps + args.offline_steps
         if max(0, done - ended) != max(0, done - ends) or ends + getattr(args, "online_steps", 0) < done:
-            offline, online = min(done, ended) - bc_steps, max(0, done - ended)
+            online = f" and {done - ended} online" if done > ended else ""
             raise UserError(
-                f"--resume: the run has done {offline} offline"
-                + f" and {online} online" * bool(online)
-                + " steps, which "
-                "the numbers of steps asked for now do not hold; ask for at least as many, and change --offline-steps "
-                "only before going online"
+                f"--resume: the run has done {min(done, ended) - bc_steps} offline{online} steps, which the numbers of "
+                "steps asked for now do not hold; ask for at least as many, and change --offline-steps only before "
+                "going online"
             )
 
     def __enter__(self) -> "Run":

@@ -84,25 +84,28 @@ class Killed(BaseException):
     pass
 
 
+def stop_and_resume(script, monkeypatch, stop_after, *flags):
+    """A run that is killed after so many steps, and resumed."""
+    tick, count = common.Run.tick, iter(range(1, 1000))
+
+    def stopping_tick(run):
+        tick(run)
+        if next(count) == stop_after:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common.Run, "tick", stopping_tick)
+        start(script, patch, *flags)
+    assert start(script, monkeypatch, *flags, "--resume") is None
+
+
 def test_a_stopped_and_resumed_run_equals_an_untouched_one(dataset, tmp_path, monkeypatch):
     script, flags = "trqam_offline", [*TINY, "--dataset-path", dataset]
     assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
-    tick = common.Run.tick
     for stop_after in (3, 12, 26):  # before any checkpoint, at the change of stage, in fine-tuning
-        count = iter(range(1, 1000))
-
-        def stopping_tick(run, stop_after=stop_after, count=count):
-            tick(run)
-            if next(count) == stop_after:
-                raise Killed
-
-        run_dir = f"stopped-{stop_after}"
-        monkeypatch.setattr(common.Run, "tick", stopping_tick)
-        with pytest.raises(Killed):
-            start(script, monkeypatch, *flags, "--run-dir", run_dir)
-        monkeypatch.setattr(common.Run, "tick", tick)
-        assert start(script, monkeypatch, *flags, "--run-dir", run_dir, "--resume") is None
-        assert differences(tmp_path / "whole", tmp_path / run_dir) == []
+        run_dir = tmp_path / f"stopped-{stop_after}"
+        stop_and_resume(script, monkeypatch, stop_after, *flags, "--run-dir", run_dir)
+        assert differences(tmp_path / "whole", run_dir) == []
     assert start(script, monkeypatch, *flags, "--run-dir", "other", "--seed", 1) is None
     assert len(differences(tmp_path / "whole", tmp_path / "other")) > 10  # the comparison does see differences
 
@@ -116,22 +119,10 @@ def test_a_run_with_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_epis
     short_episodes(monkeypatch)
     flags = [*TINY, "--dataset-path", dataset, *ONLINE]
     assert start("qam_baseline", monkeypatch, *flags, "--run-dir", "whole") is None
-    tick = common.Run.tick
-    for stop_after in (26, 39, 57):  # offline; online, when only collecting; online, when updating as well
-        count = iter(range(1, 1000))
-
-        def stopping_tick(run, stop_after=stop_after, count=count):
-            tick(run)
-            if next(count) == stop_after:
-                raise Killed
-
-        run_dir = f"stopped-{stop_after}"
-        monkeypatch.setattr(common.Run, "tick", stopping_tick)
-        with pytest.raises(Killed):
-            start("qam_baseline", monkeypatch, *flags, "--run-dir", run_dir)
-        monkeypatch.setattr(common.Run, "tick", tick)
-        assert start("qam_baseline", monkeypatch, *flags, "--run-dir", run_dir, "--resume") is None
-        assert differences(tmp_path / "whole", tmp_path / run_dir) == []
+    for stop_after in (3, 12, 26, 39, 57):  # as above; online, when only collecting; online, when updating as well
+        run_dir = tmp_path / f"stopped-{stop_after}"
+        stop_and_resume("qam_baseline", monkeypatch, stop_after, *flags, "--run-dir", run_dir)
+        assert differences(tmp_path / "whole", run_dir) == []
     state = torch.load("whole/checkpoint.pt", weights_only=True)
     assert state["replay"]["size"] == 2031 and state["replay"]["episodes"] == 2 + 4  # 31 steps of 7-step episodes
     assert len(state["replay"]["rewards"]) == 31 + 4 + 1 and state["environment"]["episode"] == 4
@@ -275,6 +266,7 @@ def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
     assert parse("--env-id", ENV) == module.Args(env_id=ENV)  # not a known domain: the general defaults
     domain = ["--env-id", "cube-quadruple-play-singletask-task1-v0"]
     if script == "trqam_offline":
+        assert parse("--env-id", "cube-triple-play-singletask-task2-v0").kl_budget == 0.5
         assert parse("--env-id", "humanoidmaze-medium-navigate-singletask-task1-v0").kl_budget == 0.5
         assert parse(*domain).kl_budget == 1.0
     else:
