@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -438,16 +439,24 @@ class ReplayBuffer(ChunkDataset):
         episodes: finished ones; the running episode, if any, has this number.
     """
 
+    ROWS = ("observations", "actions", "rewards", "masks")
+
     def make_room(self, transitions: int):
-        """Allocate rows for this many transitions more, and for as many final states: episodes can be that short."""
+        """Allocate rows for this many transitions more, and for the final states of episodes of 20 steps; where they
+        are shorter, rows are added as they come."""
         self.offline_size, self.offline_rows = self.size, len(self.observations)
         self.episodes = len(self.ends)
-        if not transitions:
-            return  # and nothing is copied
-        room = lambda rows, count, value: torch.cat([rows, rows.new_full((count, *rows.shape[1:]), value)])
-        for name in ("observations", "actions", "rewards", "masks"):
-            setattr(self, name, room(getattr(self, name), 2 * transitions, 0))
-        self.ends = room(self.ends, transitions, torch.iinfo(torch.int64).max)  # one that has not ended ends last
+        self.saved_rows, self.saved_crc32 = 0, 0
+        self.spare_episodes = transitions // 20 + 1
+        if transitions:  # otherwise nothing is copied
+            self.add_rows(transitions + self.spare_episodes)
+
+    def add_rows(self, rows: int):
+        """Add empty rows, and room for the ends of `spare_episodes`."""
+        room = lambda old, count, value: torch.cat([old, old.new_full((count, *old.shape[1:]), value)])
+        for name in self.ROWS:
+            setattr(self, name, room(getattr(self, name), rows, 0))
+        self.ends = room(self.ends, self.spare_episodes, torch.iinfo(torch.int64).max)  # of one that has not ended
 
     def append(self, observation, action, reward: float, mask: float, next_observation, done: bool):
         """Add a transition of the running episode; done: it is the episode's last.
@@ -464,6 +473,8 @@ class ReplayBuffer(ChunkDataset):
         if done:
             self.ends[self.episodes] = self.size
             self.episodes += 1
+            if self.episodes == len(self.ends):
+                self.add_rows(self.spare_episodes)
 
     def sample_balanced(self, batch_size: int, generator: torch.Generator) -> Batch:
         """Half of the chunks (rounded down) begin in the offline part, the others in the online one, which must hold a
@@ -473,18 +484,39 @@ class ReplayBuffer(ChunkDataset):
         online = self.starts(self.offline_size, self.size, batch_size - half, generator)
         return self.chunks(torch.cat([offline, online]))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was appended, for a checkpoint."""
-        rows = slice(self.offline_rows, self.size + self.episodes + 1)  # the last holds the current observation
-        state = {name: getattr(self, name)[rows].clone() for name in ("observations", "actions", "rewards", "masks")}
-        return state | {"ends": self.ends[: self.episodes].clone(), "size": self.size, "episodes": self.episodes}
+    def save(self, path: Path) -> dict[str, Any]:
+        """Write the appended rows that are new since the last `save` into `path`, behind the older ones.
 
-    def load_state_dict(self, state: dict[str, Any]):
-        """Append again what `state_dict` gave; `make_room` must have made room for it."""
-        for name in ("observations", "actions", "rewards", "masks"):
-            getattr(self, name)[self.offline_rows :][: len(state[name])] = state[name]
+        Returns what a checkpoint must hold beside that file. Rows that a stopped run wrote after its last checkpoint
+        are written over. Raises UserError where the disk is full or not writable.
+        """
+        new = slice(self.offline_rows + self.saved_rows, self.size + self.episodes)
+        rows = torch.column_stack([getattr(self, name)[new] for name in self.ROWS]).numpy(force=True)  # [., O + d + 2]
+        if len(rows):
+            write_from(path, self.saved_rows * rows[0].nbytes, rows.tobytes())
+        self.saved_rows += len(rows)
+        self.saved_crc32 = zlib.crc32(rows.tobytes(), self.saved_crc32)
+        state = {"rows": self.saved_rows, "crc32": self.saved_crc32, "size": self.size, "episodes": self.episodes}
+        return state | {"ends": self.ends[: self.episodes].clone()}
+
+    def load(self, path: Path, state: dict[str, Any]):
+        """Append again what `save` wrote; `make_room` must have been called. Raises UserError where `path` is damaged.
+
+        The running episode's newest observation is not in the file: the next `append` brings it.
+        """
+        widths = [self.observations.shape[1], self.actions.shape[1], 1, 1]
+        rows, numbers = state["rows"], state["rows"] * sum(widths)
+        stored = np.fromfile(path, np.float32, numbers) if rows and path.exists() else np.empty(0, np.float32)
+        if len(stored) < numbers or zlib.crc32(stored) != state["crc32"]:
+            raise UserError(f"--resume: {path} is damaged or missing, so this run cannot go on; start a new one")
+        while len(self.ends) <= state["episodes"]:
+            self.add_rows(self.spare_episodes)
+        for name, column in zip(self.ROWS, torch.from_numpy(stored.reshape(-1, sum(widths))).split(widths, dim=1)):
+            array = getattr(self, name)
+            array[self.offline_rows :][:rows] = column.reshape(rows, *array.shape[1:])
+        self.ends[: state["episodes"]] = state["ends"]
         self.size, self.episodes = state["size"], state["episodes"]
-        self.ends[: self.episodes] = state["ends"]
+        self.saved_rows, self.saved_crc32 = rows, state["crc32"]
 
 
 class OnlineEnvironment:
@@ -500,6 +532,7 @@ class OnlineEnvironment:
 
     def __init__(self, env_id: str, seed: int):
         self.env, self.seed, self.last_episode = make_env(env_id), seed, {}
+        self.steps, self.seconds = 0, 0.0  # since the last report
         self.begin(0)
 
     def begin(self, episode: int):
@@ -516,7 +549,7 @@ class OnlineEnvironment:
         Returns the transition as `ReplayBuffer.append` takes it. Its mask is 0 where the episode terminated, and 1
         where only its time was up.
         """
-        observation = self.observation
+        start, observation = time.perf_counter(), self.observation
         self.observation, reward, terminated, truncated, info = self.env.step(action)
         self.rewards.append(float(reward))
         self.actions.append(action)
@@ -528,7 +561,14 @@ class OnlineEnvironment:
                 "charts/online_success": float(info["success"]),
             }
             self.begin(self.episode + 1)
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
         return transition
+
+    def report(self) -> dict[str, float]:
+        """Steps per second of the environment alone since the last report, if there were any, and `last_episode`."""
+        speed = {"charts/environment_SPS": self.steps / self.seconds} if self.steps else {}
+        self.steps, self.seconds = 0, 0.0
+        return speed | self.last_episode
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -543,6 +583,7 @@ class OnlineEnvironment:
         for action in state["actions"].numpy():
             self.step(action)
         self.chunk = state["chunk"].numpy()
+        self.report()  # steps that are played again do not count
 
 
 def where_to_put(dataset_name: str, dataset_dir: str) -> str:
@@ -899,6 +940,21 @@ def write_atomically(path: Path, content: bytes | Callable[[Any], None]):
         ) from error
 
 
+def write_from(path: Path, offset: int, content: bytes):
+    """Write `content` into a file from byte `offset` on; what stands before it is not touched. Raises UserError where
+    the disk is full or not writable."""
+    try:
+        with open(path, "r+b" if path.exists() else "wb") as file:
+            file.seek(offset)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); --resume goes on from the checkpoint"
+        ) from error
+
+
 def write_npz(path: Path, arrays: dict[str, np.ndarray]):
     """Write arrays in OGBench's file format, atomically."""
     write_atomically(path, lambda file: np.savez(file, **arrays))
@@ -966,7 +1022,7 @@ POSITIVE = set(
     "inverse_temperature utd_ratio".split()
 )
 NOT_NEGATIVE = set(
-    "seed num_threads collect_episodes collect_seed bc_steps offline_steps online_steps online_start rho eta_lambda "
+    "seed num_threads collect_episodes collect_seed bc_steps offline_steps online_steps learning_starts rho eta_lambda "
     "entropy_scale".split()
 )
 FRACTION = {"gamma", "tau", "kl_ema_coef"}
@@ -990,13 +1046,13 @@ def check_settings(args: Any):
             raise UserError(f"{flag_of(name)} must be at most {most} here, not {getattr(args, name)}")
     if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
-    if getattr(args, "online_steps", 0) and args.online_start >= args.online_steps:
+    if getattr(args, "online_steps", 0) and args.learning_starts >= args.online_steps:
         raise UserError(
-            f"--online-start {args.online_start} leaves no update in --online-steps {args.online_steps}: lower it"
+            f"--learning-starts {args.learning_starts} leaves no update in --online-steps {args.online_steps}: lower it"
         )
-    if getattr(args, "balanced_sampling", False) and args.online_start < args.chunk_length:
+    if getattr(args, "balanced_sampling", False) and args.learning_starts < args.chunk_length:
         raise UserError(
-            f"--online-start {args.online_start} leaves no whole chunk for --balanced-sampling: at least "
+            f"--learning-starts {args.learning_starts} leaves no whole chunk for --balanced-sampling: at least "
             f"{args.chunk_length} steps must come before the first update"
         )
 
@@ -1131,7 +1187,7 @@ class Run:
         self.evaluator = self.writer = self.bar = self.lock = None
         self.config = {}
         self.started = time.perf_counter()
-        self.steps_since_log = 0
+        self.steps_since_log = self.updates_since_log = 0
         self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0  # of earlier sittings
         self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
         self.rows = {"train.csv": [], "eval.csv": []}
@@ -1275,10 +1331,11 @@ class Run:
         self.bar = tqdm(total=total, initial=step, unit="step", desc="training", **PROGRESS)
         self.last_log = time.perf_counter()
 
-    def tick(self):
-        """Count one step: an update, or, online, a step in the environment."""
+    def tick(self, updates: int = 1):
+        """Count one step: an update, or, online, a step in the environment with its updates."""
         self.step += 1
         self.steps_since_log += 1
+        self.updates_since_log += updates
         self.bar.update()
 
     def log(self, stage: str, step: int, statistics: dict[str, Any]):
@@ -1289,11 +1346,15 @@ class Run:
             raise UserError(
                 f"{bad} is {row[bad]} at step {step} of {stage}: training diverged; try a lower --learning-rate"
             )
-        row["charts/SPS"] = self.steps_since_log / (time.perf_counter() - self.last_log)
+        seconds = time.perf_counter() - self.last_log
+        row["charts/SPS"] = self.steps_since_log / seconds
+        if "charts/environment_SPS" in row:
+            seconds -= self.steps_since_log / row["charts/environment_SPS"]
+            row["charts/update_SPS"] = self.updates_since_log / seconds
         for key, value in row.items():
             self.writer.add_scalar(key, value, self.step)
         self.append("train.csv", {"stage": stage, "step": step, **row})
-        self.last_log, self.steps_since_log = time.perf_counter(), 0
+        self.last_log, self.steps_since_log, self.updates_since_log = time.perf_counter(), 0, 0
 
     def evaluate(
         self, stage: str, step: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -87,7 +87,7 @@ class Args:
     """updates of the offline fine-tuning stage"""
     online_steps: int = 0
     """environment steps of the online stage that follows; 0: none"""
-    online_start: int = 5_000
+    learning_starts: int = 5_000
     """online steps that only collect, before updates begin"""
     utd_ratio: int = 1
     """updates for each online step"""
@@ -150,7 +150,7 @@ QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
     bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
     learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
-    inverse_temperature=1.0, online_start=500,
+    inverse_temperature=1.0, learning_starts=500,
 )  # fmt: skip
 
 
@@ -562,13 +562,13 @@ def main(args: Args):
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
-            dataset.load_state_dict(run.checkpoint["replay"])
+            dataset.load(run.path / "replay.bin", run.checkpoint["replay"])
             environment.load_state_dict(run.checkpoint["environment"])
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
-        online_updates = args.utd_ratio * max(0, total_steps - max(step, offline_end + args.online_start))
+        online_updates = args.utd_ratio * max(0, total_steps - max(step, offline_end + args.learning_starts))
         updates = max(0, offline_end - max(step, bc_steps)) + online_updates
         run.announce("fine-tuning", updates, lambda: train_step(*trial, "offline", args))
 
@@ -581,15 +581,15 @@ def main(args: Args):
             if step >= offline_end:
                 stage, stage_start = "online", offline_end
                 online_step(agent, dataset, environment, generator, args)
-                updates = args.utd_ratio if step - offline_end >= args.online_start else 0
+                updates = args.utd_ratio if step - offline_end >= args.learning_starts else 0
             for _ in range(updates):
                 statistics = train_step(agent, optimizer, dataset, generator, stage, args)
             step += 1
             stage_step = step - stage_start
-            run.tick()
+            run.tick(updates)
             stage_ends = step in (bc_steps, offline_end, total_steps)
             if stage_ends or stage_step % args.log_interval == 0:
-                run.log(stage, stage_step, {**statistics, **environment.last_episode})
+                run.log(stage, stage_step, {**statistics, **environment.report()})
             if step == bc_steps:  # fine-tuning starts afresh, and so the same as one from --bc-checkpoint
                 agent.start_from_clone()
                 optimizer = agent.make_optimizer(args)
@@ -601,7 +601,7 @@ def main(args: Args):
             if evaluation_due or stage_step % args.checkpoint_interval == 0:
                 run.save(
                     agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
-                    replay=dataset.state_dict(), environment=environment.state_dict(),
+                    replay=dataset.save(run.path / "replay.bin"), environment=environment.state_dict(),
                 )  # fmt: skip
         run.finish(policy)
 

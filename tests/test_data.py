@@ -66,19 +66,24 @@ def test_batches_are_those_of_the_slow_version(lengths, chunk_length, sparse):
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("stop", [1, 4, 5, 11, 12])  # within, and at the end of, online episodes
-def test_a_buffer_that_grew_equals_one_of_the_same_rows(stop, sparse):
+def test_a_buffer_that_grew_equals_one_of_the_same_rows(stop, sparse, tmp_path):
     offline, online = file_of_episodes((6, 9)), file_of_episodes((5, 2, 8), seed=1)
     settings = dict(chunk_length=3, gamma=0.9, sparse=sparse)
     for data in (offline, online):
         data["actions"] = data["actions"].clip(-0.9, 0.9)  # a dataset's actions are clipped, online ones are kept
     buffer = common.ReplayBuffer(**offline, **settings)
     buffer.make_room(20)
-    appended = 0
-    for row in np.flatnonzero(~online["terminals"])[:stop]:
-        following = online["observations"][row + 1]
+    transitions = []
+    for row in np.flatnonzero(~online["terminals"]):
         rows = [online[key][row] for key in ("observations", "actions", "rewards", "masks")]
-        buffer.append(*rows, following, online["terminals"][row + 1])
-        appended = row + 2  # rows of the file that are in the buffer by now
+        transitions.append((*rows, online["observations"][row + 1], online["terminals"][row + 1]))
+    for number, transition in enumerate(transitions[:stop]):
+        buffer.append(*transition)
+        if number in (1, 2, 6):  # a save holds only what is new since the one before
+            before = (tmp_path / "replay.bin").stat().st_size if number > 1 else 0
+            state, rows = buffer.save(tmp_path / "replay.bin"), buffer.saved_rows
+            assert (tmp_path / "replay.bin").stat().st_size == 4 * (3 + 2 + 1 + 1) * rows > before
+    appended = np.flatnonzero(~online["terminals"])[stop - 1] + 2  # rows of the file that are in the buffer by now
     data = {key: np.concatenate([offline[key], online[key][:appended]]) for key in offline}
     same = common.ChunkDataset(**data, **settings)
     assert buffer.size == same.size == 13 + stop
@@ -86,20 +91,32 @@ def test_a_buffer_that_grew_equals_one_of_the_same_rows(stop, sparse):
     for ours, expected in zip(buffer.chunks(starts), same.chunks(starts), strict=True):
         assert torch.equal(ours, expected)
 
+    state = buffer.save(tmp_path / "replay.bin")
     copy = common.ReplayBuffer(**offline, **settings)
     copy.make_room(20)
-    copy.load_state_dict(buffer.state_dict())
+    copy.load(tmp_path / "replay.bin", state)
     assert (copy.size, copy.episodes) == (buffer.size, buffer.episodes)
-    assert all(torch.equal(a, b) for a, b in zip(copy.chunks(starts), buffer.chunks(starts)))
-    without_room = common.ReplayBuffer(**offline, **settings)
-    without_room.make_room(0)
-    size = without_room.size
-    without_room.load_state_dict(without_room.state_dict())
-    assert without_room.size == size == 13
-    row = np.zeros(3), np.zeros(2), -1.0, 1.0, np.ones(3)
-    for grown in (copy, buffer):  # both go on alike
-        grown.append(*row, done=True)
-    assert all(torch.equal(a, b) for a, b in zip(copy.chunks(starts + 1), buffer.chunks(starts + 1)))
+    if stop < len(transitions):
+        for grown in (copy, buffer):  # both go on alike
+            grown.append(*transitions[stop])
+        assert all(torch.equal(a, b) for a, b in zip(copy.chunks(starts + 1), buffer.chunks(starts + 1)))
+
+
+def test_a_replay_file_that_was_cut_changed_or_lost_is_not_read(tmp_path):
+    buffer, path = common.ReplayBuffer(**file_of_episodes((6,)), chunk_length=3, gamma=0.9), tmp_path / "replay.bin"
+    buffer.make_room(4)
+    assert buffer.save(path)["rows"] == 0 and not path.exists()
+    for _ in range(4):
+        buffer.append(np.zeros(3), np.zeros(2), -1.0, 1.0, np.ones(3), done=True)
+    state = buffer.save(path)
+    whole = path.read_bytes()
+    buffer.load(path, state)
+    path.write_bytes(whole + b"rows of a run that was stopped before its next checkpoint")
+    buffer.load(path, state)
+    for damage in (whole[:-1], whole[:9] + b"x" + whole[10:], None):
+        path.write_bytes(damage) if damage is not None else path.unlink()
+        with pytest.raises(common.UserError, match="replay.bin is damaged or missing"):
+            buffer.load(path, state)
 
 
 def test_balanced_batches_are_half_of_each_part():

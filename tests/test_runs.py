@@ -59,14 +59,17 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+NO_CLOCK = {"charts/SPS": "", "charts/environment_SPS": "", "charts/update_SPS": ""}
+
+
 def differences(first, second):
-    """Names of what differs between two finished runs; the clock's column aside."""
+    """Names of what differs between two finished runs; the clock's columns aside."""
     found = []
     ours, theirs = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (first, second))
     for key in ours.keys() - {"args", "seconds"}:
         found += unequal(key, ours[key], theirs[key])
     for table in ("train.csv", "eval.csv"):
-        ours, theirs = ([{**row, "charts/SPS": ""} for row in rows(run / table)] for run in (first, second))
+        ours, theirs = ([{**row, **NO_CLOCK} for row in rows(run / table)] for run in (first, second))
         found += [table] if ours != theirs else []
     return found
 
@@ -88,8 +91,8 @@ def stop_and_resume(script, monkeypatch, stop_after, *flags):
     """A run that is killed after so many steps, and resumed."""
     tick, count = common.Run.tick, iter(range(1, 1000))
 
-    def stopping_tick(run):
-        tick(run)
+    def stopping_tick(run, *updates):
+        tick(run, *updates)
         if next(count) == stop_after:
             raise Killed
 
@@ -111,7 +114,7 @@ def test_a_stopped_and_resumed_run_equals_an_untouched_one(dataset, tmp_path, mo
 
 
 ONLINE = (
-    "--online-steps 31 --online-start 10 --balanced-sampling --edit-scale 0.3 --best-of-n 2 --eval-interval 20"
+    "--online-steps 31 --learning-starts 10 --balanced-sampling --edit-scale 0.3 --best-of-n 2 --eval-interval 20"
 ).split()
 
 
@@ -123,9 +126,11 @@ def test_a_run_with_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_epis
         run_dir = tmp_path / f"stopped-{stop_after}"
         stop_and_resume("qam_baseline", monkeypatch, stop_after, *flags, "--run-dir", run_dir)
         assert differences(tmp_path / "whole", run_dir) == []
+        assert Path("whole/replay.bin").read_bytes() == (run_dir / "replay.bin").read_bytes()
     state = torch.load("whole/checkpoint.pt", weights_only=True)
     assert state["replay"]["size"] == 2031 and state["replay"]["episodes"] == 2 + 4  # 31 steps of 7-step episodes
-    assert len(state["replay"]["rewards"]) == 31 + 4 + 1 and state["environment"]["episode"] == 4
+    assert Path("whole/replay.bin").stat().st_size == 4 * (31 + 4) * (2 + 2 + 1 + 1) and state["replay"]["rows"] == 35
+    assert state["environment"]["episode"] == 4
     evaluated = [(row["stage"], int(row["step"])) for row in rows(Path("whole/eval.csv"))]
     assert evaluated == [("bc", 12), ("offline", 18), ("online", 20), ("online", 31)]
     train = {int(row["step"]): row for row in rows(Path("whole/train.csv")) if row["stage"] == "online"}
@@ -395,12 +400,12 @@ BAD_FOR = {  # the same, for one script
         "edits not a number": (lambda t, d: ["--edit-scale", "nan"], ["--edit-scale", "between 0 and 1"]),
         "steps below 0": (lambda t, d: ["--online-steps", -1], ["--online-steps", "0 or greater"]),
         "no update": (
-            lambda t, d: ["--online-steps", 9, "--online-start", 9],
-            ["--online-start 9", "--online-steps 9"],
+            lambda t, d: ["--online-steps", 9, "--learning-starts", 9],
+            ["--learning-starts 9", "--online-steps 9"],
         ),
         "no chunk to balance with": (
-            lambda t, d: ["--online-steps", 9, "--online-start", 3, "--balanced-sampling"],
-            ["--online-start 3", "--balanced-sampling", "4"],
+            lambda t, d: ["--online-steps", 9, "--learning-starts", 3, "--balanced-sampling"],
+            ["--learning-starts 3", "--balanced-sampling", "4"],
         ),
         "another algorithm's checkpoint as prior": (
             lambda t, d: ["--bc-checkpoint", of_trqam(t)],
