@@ -977,7 +977,7 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
     parts = (
         {"sizes", "actor_slow"}
         if kind == "bc"
-        else {"sizes", "args", "agent", "optimizer", "generator", "step", "rows"}
+        else {"sizes", "args", "agent", "optimizer", "generator", "step", "rows", "device", "seconds", "dataset"}
     )
     if found == kind and parts - checkpoint.keys():
         raise UserError(
@@ -1023,7 +1023,7 @@ POSITIVE = set(
 )
 NOT_NEGATIVE = set(
     "seed num_threads collect_episodes collect_seed bc_steps offline_steps online_steps learning_starts rho eta_lambda "
-    "entropy_scale".split()
+    "entropy_scale kl_budget_online".split()
 )
 FRACTION = {"gamma", "tau", "kl_ema_coef"}
 
@@ -1079,18 +1079,23 @@ RESUME_MAY_CHANGE = set(
 EVALUATION_MAY_CHANGE = set(
     "eval_only checkpoint eval_episodes seed best_of_n device num_threads capture_video run_dir resume".split()
 )
+OF_ONE_SITTING = set("run_dir resume eval_only checkpoint device num_threads capture_video track".split())
+CHECKPOINT_DECIDES = set("bc_checkpoint bc_steps chunk_length hidden_dims actor_layer_norm num_critics".split())
 
 
-def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], script: str) -> Any:
+def parse_args(
+    args_class: type, settings: Callable[[Any], dict[str, Any]], script: str, starts_from: str | None = None
+) -> Any:
     """Command line -> `args_class`. A flag that is given wins over `settings(args)`, and those over the defaults.
 
     settings: given the arguments so far, the values to use where no flag says otherwise (by preset and domain).
-    With --resume or --eval-only the settings are those stored with the run. Raises UserError.
+    With --resume or --eval-only the settings are those stored with the run; with a --checkpoint of `starts_from`, the
+    script whose runs may go on in this one, its settings win over `settings`. Raises UserError.
     """
     args = quiet_cli(args_class, args_class())
     if args.resume and not args.run_dir:
         raise UserError("--resume needs --run-dir, the folder of the run to continue")
-    if bool(args.checkpoint) != args.eval_only:
+    if args.eval_only and not args.checkpoint or args.checkpoint and not (args.eval_only or starts_from):
         raise UserError("--eval-only and --checkpoint go together: the one evaluates the other's policy")
     if args.resume:
         config = Path(args.run_dir).expanduser() / "config.json"
@@ -1110,15 +1115,27 @@ def parse_args(args_class: type, settings: Callable[[Any], dict[str, Any]], scri
     if args.eval_only:
         stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]
         return override(args_class, stored, EVALUATION_MAY_CHANGE, f"--checkpoint: {args.checkpoint}")
+    fields, inherited = {field.name for field in dataclasses.fields(args_class)}, {}
+    if args.checkpoint:
+        if args.bc_checkpoint:
+            raise UserError("--checkpoint and --bc-checkpoint: a run starts from one of them; leave out the other")
+        stored = load_checkpoint(args.checkpoint, starts_from, "--checkpoint")["args"]
+        inherited = {key: value for key, value in stored.items() if key in fields - OF_ONE_SITTING}
+        args = override(args_class, inherited, fields - CHECKPOINT_DECIDES, f"--checkpoint: {args.checkpoint}")
     for _ in range(2):  # the preset decides the environment, the environment its domain's settings
-        args = quiet_cli(args_class, args_class(**settings(args)))
+        args = quiet_cli(args_class, with_tuples(args_class, {**settings(args), **inherited}))
     split_env_id(args.env_id)
     return args
 
 
+def with_tuples(args_class: type, stored: dict[str, Any]) -> Any:
+    """Settings that were stored as JSON, which knows no tuples."""
+    return args_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+
+
 def override(args_class: type, stored: dict[str, Any], may_change: set[str], whose: str) -> Any:
     """Stored settings with the command line's on top. Raises UserError for one that may not change."""
-    base = args_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+    base = with_tuples(args_class, stored)
     args = quiet_cli(args_class, base)
     for key, value in dataclasses.asdict(base).items():
         if key not in may_change and getattr(args, key) != value:
@@ -1128,10 +1145,17 @@ def override(args_class: type, stored: dict[str, Any], may_change: set[str], who
     return args
 
 
-def run_script(main: Callable[[Any], None], args_class: type, settings: Callable[[Any], dict[str, Any]], script: str):
-    """Parse the command line and run `main`; a UserError ends the program with its one line and exit status 1."""
+def run_script(
+    main: Callable[[Any], None],
+    args_class: type,
+    settings: Callable[[Any], dict[str, Any]],
+    script: str,
+    starts_from: str | None = None,
+):
+    """Parse the command line (see `parse_args`) and run `main`; a UserError ends the program with its one line and
+    exit status 1."""
     try:
-        main(parse_args(args_class, settings, script))
+        main(parse_args(args_class, settings, script, starts_from))
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -1159,14 +1183,26 @@ class Run:
         sizes: domain and sizes of its networks, by which its checkpoints are told from others.
         noise_dim: random numbers that its policy takes for a chunk.
         device: where it trains.
+        starts_from: the script that must have written args.checkpoint, where that is set.
 
     Raises UserError where the folder already holds files and args.resume is not set.
 
     Attributes:
-        path: the folder. checkpoint: what `save` wrote last, when resuming, else None.
+        path: the folder.
+        checkpoint: what `save` wrote last, when resuming; else what args.checkpoint holds, the end of another script's
+            run that goes on in this one; else None.
+        rows: of eval.csv and train.csv so far, those of that other run included.
     """
 
-    def __init__(self, script: str, args: Any, sizes: dict[str, Any], noise_dim: int, device: torch.device):
+    def __init__(
+        self,
+        script: str,
+        args: Any,
+        sizes: dict[str, Any],
+        noise_dim: int,
+        device: torch.device,
+        starts_from: str | None = None,
+    ):
         self.script, self.args, self.sizes, self.noise_dim, self.device = script, args, sizes, noise_dim, device
         name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(args.run_dir or Path("runs") / name).expanduser()
@@ -1177,22 +1213,28 @@ class Run:
                 )
         if args.track and importlib.util.find_spec("wandb") is None:
             raise UserError("--track needs Weights & Biases: pip install wandb")
-        newest = self.path / "checkpoint.pt"
-        self.checkpoint = load_checkpoint(newest, script, "--resume") if args.resume and newest.exists() else None
-        if self.checkpoint and self.checkpoint["device"] != device.type:
+        newest, self.checkpoint = self.path / "checkpoint.pt", None
+        self.resumes = args.resume and newest.exists()
+        if self.resumes:
+            self.checkpoint = load_checkpoint(newest, script, "--resume")
+            self.check_steps("--resume")
             there = self.checkpoint["device"]
-            raise UserError(f"--resume: the run began on {there}, and only there goes on exactly; use --device {there}")
-        if self.checkpoint:
-            self.check_steps()
+            if there != device.type:
+                raise UserError(
+                    f"--resume: the run began on {there}, and only there goes on exactly; use --device {there}"
+                )
+        elif args.checkpoint:
+            self.checkpoint = load_checkpoint(args.checkpoint, starts_from, "--checkpoint", sizes)
+            self.check_steps("--checkpoint")
         self.evaluator = self.writer = self.bar = self.lock = None
         self.config = {}
         self.started = time.perf_counter()
         self.steps_since_log = self.updates_since_log = 0
-        self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0  # of earlier sittings
+        self.seconds = self.checkpoint["seconds"] if self.resumes else 0.0  # of earlier sittings
         self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
         self.rows = {"train.csv": [], "eval.csv": []}
 
-    def check_steps(self):
+    def check_steps(self, flag: str):
         """Raise UserError where the steps asked for are fewer than those done, or make one stage's steps another's."""
         args, done, stored = self.args, self.checkpoint["step"], self.checkpoint["args"]
         bc_steps = 0 if args.bc_checkpoint else args.bc_steps
@@ -1200,7 +1242,7 @@ class Run:
         if max(0, done - ended) != max(0, done - ends) or ends + getattr(args, "online_steps", 0) < done:
             online = f" and {done - ended} online" if done > ended else ""
             raise UserError(
-                f"--resume: the run has done {min(done, ended) - bc_steps} offline{online} steps, which the numbers of "
+                f"{flag}: the run has done {min(done, ended) - bc_steps} offline{online} steps, which the numbers of "
                 "steps asked for now do not hold; ask for at least as many, and change --offline-steps only before "
                 "going online"
             )
@@ -1250,11 +1292,15 @@ class Run:
             self.config = json.loads(config.read_text())
             self.record(args=settings, resumed=[*self.config.get("resumed", []), dict(step=done, **sitting)])
         else:
+            if self.checkpoint:
+                start = Path(self.args.checkpoint)
+                sitting |= dict(started_from=dict(checkpoint=str(start), step=done, sha256=file_hash(start)))
             self.record(script=self.script, args=settings, dataset=None, **sitting)
 
         kept = self.checkpoint["rows"] if self.checkpoint else {name: 0 for name in self.rows}
+        tables = self.path if self.resumes or not self.checkpoint else Path(self.args.checkpoint).parent
         for name in self.rows:  # rows written after the checkpoint will be written again
-            columns, rows = read_csv(self.path / name)
+            columns, rows = read_csv(tables / name)
             self.rows[name] = rows[: kept[name]]
             self.columns[name] = columns if self.rows[name] else self.columns[name]
             self.write_table(name)
@@ -1299,7 +1345,7 @@ class Run:
         )
         if args.batch_size > dataset.size:
             raise UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
-        began = self.checkpoint["dataset"] if self.checkpoint else origin
+        began = self.checkpoint["dataset"] if self.resumes else origin
         if began["sha256"] != origin["sha256"]:
             raise UserError(
                 f"--resume: the run began on {describe_dataset(began)}, and this is {describe_dataset(origin)}"
@@ -1440,7 +1486,7 @@ class Run:
         moves = any(row.get("trust_region/lambda") for row in train)
         figure = Figure(figsize=(13, 3.6), layout="constrained")
         success, kl, *lam = axes = figure.subplots(1, 2 + moves)
-        online_from = self.args.offline_steps
+        online_from = max((int(row["step"]) for row in evals if row["stage"] == "offline"), default=0)
         steps_of = lambda rows: [int(row["step"]) + online_from * (row["stage"] == "online") for row in rows]
         x = [0] * len(prior) + steps_of(evals)
         y, e = (np.array([float(row[key]) for row in prior + evals]) for key in ("success", "success_stderr"))
@@ -1468,6 +1514,7 @@ class Run:
                 axis.legend(fontsize=8)
             if any(row["stage"] == "online" for row in train + evals):
                 axis.axvline(online_from, color="0.4", ls=":")
+                axis.annotate(" online", (online_from, 0.01), xycoords=("data", "axes fraction"), fontsize=8)
             axis.set_xlabel("fine-tuning steps")
             axis.grid(alpha=0.3)
         figure.suptitle(
@@ -1499,6 +1546,14 @@ class Run:
             print(f"path KL {value('path_kl_ema'):.3f} (average) against a budget of {budget:.3f}; lambda {lam:.3f}")
         elif newest:
             print(f"path KL {value('path_kl'):.3f} in the last batch; nothing bounds it")
+        online = [row for row in self.rows["train.csv"] if row.get("charts/environment_SPS")]
+        if online:
+            environment, updates = (
+                f"{float(online[-1][f'charts/{key}_SPS']):.1f}" for key in ("environment", "update")
+            )
+            print(
+                f"online: {environment} steps/s in the environment alone, {updates} updates/s in the rest of the time"
+            )
         print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
 
 
