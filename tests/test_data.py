@@ -144,6 +144,66 @@ def test_a_played_again_episode_is_the_same():
     assert not np.array_equal(first.observation, common.OnlineEnvironment(env_id, 4).observation)
 
 
+def towards_the_goal(base):
+    """An action that brings a point maze's point nearer to the goal; in other environments, no movement."""
+    if not hasattr(base, "get_oracle_subgoal"):
+        return np.zeros(5)
+    way = base.get_oracle_subgoal(base.get_xy(), base.cur_goal_xy)[0] - base.get_xy()
+    return way / np.linalg.norm(way)
+
+
+def reach(base, everything):
+    """Put everything where the task wants it; else only one of two cubes, half of the buttons, or the drawer."""
+    qpos, cubes = base.data.qpos.copy(), getattr(base, "_num_cubes", 0)
+    for cube in range(cubes if everything else 1 if cubes > 1 else 0):
+        qpos[14 + 7 * cube : 17 + 7 * cube] = base.data.mocap_pos[cube]
+    if not hasattr(base, "_cur_button_states"):
+        return base.set_state(qpos, base.data.qvel)
+    if cubes:
+        sliders = [base._target_drawer_pos, base._target_window_pos][: 1 + everything]
+        qpos[14 + 7 + base._num_buttons :][: len(sliders)] = sliders
+    buttons = base._target_button_states.copy()
+    if not everything:
+        buttons[: len(buttons) // 2] = base._cur_button_states[: len(buttons) // 2]
+    base.set_state(qpos, base.data.qvel, buttons)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    "domain, task, levels",
+    [
+        ("cube-double-play", "task2", 3),
+        ("scene-play", "task3", 3),
+        ("puzzle-3x3-play", "task4", 3),
+        ("pointmaze-medium-navigate", "task1", 2),
+    ],
+)
+def test_online_rewards_are_those_that_ogbench_gives_the_same_states(domain, task, levels, sparse):
+    environment = common.OnlineEnvironment(f"{domain}-singletask-{task}-v0", 0)
+    base, maze = environment.env.unwrapped, "maze" in domain
+    offline = file_of_episodes((9,), 0, len(environment.observation), *environment.env.action_space.shape)
+    buffer = common.ReplayBuffer(**offline, chunk_length=1, gamma=1.0, sparse=sparse)
+    buffer.make_room(500)
+    states, done = {"qpos": [], "button_states": []}, False
+    while not done:
+        if not maze and len(states["qpos"]) in (5, 10):
+            reach(base, everything=len(states["qpos"]) == 10)
+            environment.env.step(np.zeros(5))  # OGBench notes a success at the end of a step, for the next one
+        states["qpos"].append(base.data.qpos.copy())
+        states["button_states"].append(getattr(base, "_cur_button_states", np.zeros(0)).copy())
+        *transition, done = environment.step(towards_the_goal(base))
+        buffer.append(*transition, done)
+    assert done and len(states["qpos"]) < 400  # it ended because the task was done
+    data = {key: np.array(rows) for key, rows in states.items()}
+    common.relabel_dataset(environment.env.spec.id, environment.env, data)
+    assert len(np.unique(data["rewards"])) == levels and data["masks"][-1] == 0 and data["masks"][:-1].all()
+    batch = buffer.chunks(torch.arange(8, buffer.size))
+    np.testing.assert_array_equal(
+        batch.reward.numpy(), np.where(data["rewards"] != 0, -1, 0) if sparse else data["rewards"]
+    )
+    np.testing.assert_array_equal(batch.mask.numpy(), data["masks"])
+
+
 def test_chunk_starts_are_uniform_over_all_transitions():
     dataset = common.ChunkDataset(**file_of_episodes((6, 5)), chunk_length=3, gamma=1.0)
     batch = dataset.sample(70_000, torch.Generator().manual_seed(0))
