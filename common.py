@@ -1074,7 +1074,8 @@ def quiet_cli(args_class: type, default: Any) -> Any:
 
 
 RESUME_MAY_CHANGE = set(
-    "run_dir resume dataset_path dataset_dir offline_steps online_steps device num_threads capture_video track".split()
+    "run_dir resume dataset_path dataset_dir offline_steps online_steps learning_starts utd_ratio balanced_sampling "
+    "device num_threads capture_video track".split()
 )
 EVALUATION_MAY_CHANGE = set(
     "eval_only checkpoint eval_episodes seed best_of_n device num_threads capture_video run_dir resume".split()

@@ -150,7 +150,7 @@ QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
     bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
     learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
-    inverse_temperature=1.0, learning_starts=500,
+    inverse_temperature=1.0, learning_starts=500, balanced_sampling=True,
 )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
     bc_steps=8_000, offline_steps=2_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
     learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
-    kl_budget=0.2, online_steps=4_000, learning_starts=500,
+    kl_budget=0.2, online_steps=4_000, learning_starts=500, balanced_sampling=True,
 )  # fmt: skip
 
 
@@ -519,9 +519,9 @@ def main(args: Args):
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})
-            step = run.checkpoint["step"]
-            if run.checkpoint["device"] == device.type:
+            if run.checkpoint["device"] == device.type:  # another kind's generator cannot go on here
                 generator.set_state(run.checkpoint["generator"])
+            step = run.checkpoint["step"]
             if run.checkpoint["kind"] == SCRIPT:
                 dataset.load(run.path / "replay.bin", run.checkpoint["replay"])
                 environment.load_state_dict(run.checkpoint["environment"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-parity_maxima: dict[str, tuple[str, float]] = {}  # file -> (worst quantity, its relative difference)
+parity_maxima: dict[str, tuple[str, float]] = {}  # file, script -> (worst quantity, its relative difference)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -9,8 +9,10 @@ import torch.nn as nn
 import common
 import qam_baseline
 import trqam_offline
+import trqam_online
 
-SCRIPTS = [trqam_offline, qam_baseline]
+TRQAM = [trqam_offline, trqam_online]
+SCRIPTS = [*TRQAM, qam_baseline]
 B, O, A, K = 6, 4, 3, 10
 H = 1 / K
 
@@ -204,6 +206,7 @@ def train_on_gaussian(script, args, updates):
 
 FIXED = {  # settings that hold the temperature at 1.5
     trqam_offline: dict(eta_lambda=0.0, lam_scale=1.5, kl_budget=1.0),
+    trqam_online: dict(eta_lambda=0.0, lam_scale=1.5, kl_budget=1.0),
     qam_baseline: dict(inverse_temperature=1 / 1.5),
 }
 
@@ -260,8 +263,8 @@ def test_lambda_settles_where_the_optimum_spends_the_budget():
     torch.testing.assert_close(args.lam_scale * lam.mean(), torch.tensor(temperature), rtol=0.05, atol=0)
 
 
-def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range():
-    script = trqam_offline
+@pytest.mark.parametrize("script", TRQAM)
+def test_dual_descent_moves_lambda_towards_the_budget_and_stays_in_its_range(script):
     args = script.Args(hidden_dims=(4,), kl_budget=0.5, lambda_min=0.9, lambda_max=1.1, eta_lambda=1.0)
     for kl, expected in ((100.0, 1.1), (0.0, 0.9)):
         agent = script.Agent(2, 2, args)
@@ -314,9 +317,9 @@ def test_edit_loss_trains_the_edits_alone_and_steers_their_entropy():
     torch.testing.assert_close(float(agent.edit_actor.log_alpha.grad), expected)
 
 
-def test_without_edits_both_scripts_draw_the_same_noise():
+def test_without_edits_all_scripts_draw_the_same_noise():
     """So that TRQAM and QAM with one seed see the same batches and the same noise."""
-    ours, theirs = (
+    ours, *others = (
         script.draw_noise(5, 3, script.Args(flow_steps=4), torch.Generator().manual_seed(1)) for script in SCRIPTS
     )
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert all(torch.equal(a, b) for theirs in others for a, b in zip(ours, theirs))

@@ -17,11 +17,12 @@ import torch
 import common
 import qam_baseline
 import trqam_offline
+import trqam_online
 from conftest import parity_maxima
 
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(FOLDER.glob("*.npz"))
-SCRIPTS = {"trqam": trqam_offline, "qam": qam_baseline}  # algo -> the script that implements it
+SCRIPTS = {"trqam": (trqam_offline, trqam_online), "qam": (qam_baseline,)}  # algo -> the scripts that implement it
 NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast", "edit_actor")
 TOLERANCE = 1e-5  # relative, norm-wise: float32 rounding, accumulated over the steps
 SPECIFIED = dict(
@@ -126,18 +127,25 @@ class Recording:
         return noise._replace(next_action=next_action, edit_x0=get("edit_flow_x0"), edit=get("edit_noise"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_update_makes_the_recorded_numbers(path):
+def cases():
+    """(recording, script that implements its algorithm) for each file."""
+    for path in FILES:
+        algo = json.loads(str(np.load(path)["meta"]))["algo"]
+        for script in SCRIPTS.get(algo, (None,)):
+            yield pytest.param(path, script, id=f"{path.stem}-{script.__name__ if script else 'no script'}")
+
+
+@pytest.mark.parametrize("path, script", list(cases()))
+def test_update_makes_the_recorded_numbers(path, script):
     recording = Recording(path)
-    algo = recording.meta["algo"]
-    if algo not in SCRIPTS:
-        pytest.skip(f"no script implements {algo!r} yet")
+    if script is None:
+        pytest.skip(f"no script implements {recording.meta['algo']!r}")
     other = {
         key: recording.config[key] for key, value in SPECIFIED.items() if recording.config.get(key, value) != value
     }
     if other:
         pytest.skip(f"recorded with {other}, which is not the published algorithm")
-    script, args = SCRIPTS[algo], recording.args(SCRIPTS[algo])
+    args = recording.args(script)
 
     agent = script.Agent(recording.meta["obs_dim"], recording.meta["chunk"] * recording.meta["action_dim"], args)
     with torch.no_grad():
@@ -159,7 +167,7 @@ def test_update_makes_the_recorded_numbers(path):
         recording.compare(f"final/{name}", parameter, layout(recording[f"final/{name}"]))
 
     worst = max(recording.differences, key=recording.differences.get)
-    parity_maxima[path.name] = worst, recording.differences[worst]
+    parity_maxima[f"{path.name}, {script.__name__}.py"] = worst, recording.differences[worst]
     too_far = {name: difference for name, difference in recording.differences.items() if not difference <= TOLERANCE}
     assert not too_far
 

@@ -19,10 +19,11 @@ import torch
 import common
 import qam_baseline
 import trqam_offline
+import trqam_online
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"trqam_offline": trqam_offline, "qam_baseline": qam_baseline}
-STRENGTH = {"trqam_offline": "--kl-budget", "qam_baseline": "--inverse-temperature"}  # of fine-tuning; above 0
+SCRIPTS = {"trqam_offline": trqam_offline, "trqam_online": trqam_online, "qam_baseline": qam_baseline}
+STRENGTH = {script: "--inverse-temperature" if "qam_b" in script else "--kl-budget" for script in SCRIPTS}  # above 0
 ENV = "pointmaze-medium-navigate-singletask-task1-v0"
 ANTMAZE = "antmaze-large-navigate-singletask-task1-v0"
 TINY = (
@@ -30,6 +31,8 @@ TINY = (
     "--bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 --log-interval 3 --checkpoint-interval 5 "
     "--num-threads 1"
 ).split()
+TINY_FOR = {script: TINY for script in SCRIPTS}
+TINY_FOR["trqam_online"] = [*TINY, *"--online-steps 9 --learning-starts 2".split()]
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +52,7 @@ def start(script, monkeypatch, *words):
     module = SCRIPTS[script]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
     try:
-        common.run_script(module.main, module.Args, module.settings, module.SCRIPT)
+        common.run_script(module.main, module.Args, module.settings, script, getattr(module, "STARTS_FROM", None))
     except SystemExit as stop:
         return stop.code
 
@@ -113,18 +116,18 @@ def test_a_stopped_and_resumed_run_equals_an_untouched_one(dataset, tmp_path, mo
     assert len(differences(tmp_path / "whole", tmp_path / "other")) > 10  # the comparison does see differences
 
 
-ONLINE = (
-    "--online-steps 31 --learning-starts 10 --balanced-sampling --edit-scale 0.3 --best-of-n 2 --eval-interval 20"
-).split()
+ONLINE = "--online-steps 31 --learning-starts 10 --balanced-sampling --best-of-n 2 --eval-interval 20".split()
+ONLINE_FOR = {"trqam_online": ["--kl-budget-online", "0.3"], "qam_baseline": ["--edit-scale", "0.3"]}
 
 
-def test_a_run_with_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ONLINE_FOR)
+def test_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(script, dataset, tmp_path, monkeypatch):
     short_episodes(monkeypatch)
-    flags = [*TINY, "--dataset-path", dataset, *ONLINE]
-    assert start("qam_baseline", monkeypatch, *flags, "--run-dir", "whole") is None
-    for stop_after in (3, 12, 26, 39, 57):  # as above; online, when only collecting; online, when updating as well
+    flags = [*TINY, "--dataset-path", dataset, *ONLINE, *ONLINE_FOR[script]]
+    assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
+    for stop_after in (12, 39, 57):  # at the change of stage; online, when only collecting; online, when updating too
         run_dir = tmp_path / f"stopped-{stop_after}"
-        stop_and_resume("qam_baseline", monkeypatch, stop_after, *flags, "--run-dir", run_dir)
+        stop_and_resume(script, monkeypatch, stop_after, *flags, "--run-dir", run_dir)
         assert differences(tmp_path / "whole", run_dir) == []
         assert Path("whole/replay.bin").read_bytes() == (run_dir / "replay.bin").read_bytes()
     state = torch.load("whole/checkpoint.pt", weights_only=True)
@@ -136,10 +139,14 @@ def test_a_run_with_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_epis
     train = {int(row["step"]): row for row in rows(Path("whole/train.csv")) if row["stage"] == "online"}
     assert train[9]["losses/critic_loss"] == "" and float(train[12]["losses/critic_loss"]) > 0
     assert float(train[9]["charts/online_length"]) == 7
+    speeds = [[float(train[step][f"charts/{name}_SPS"]) for name in ("environment", "update")] for step in (9, 12)]
+    assert speeds[0][0] > 0 and speeds[0][1] == 0 and min(speeds[1]) > 0
 
-    # Going online later is the same as going online at once; fewer steps than are done cannot be asked for.
-    offline = [*TINY, "--dataset-path", dataset, *ONLINE, "--online-steps", 0, "--run-dir", "later"]
-    assert start("qam_baseline", monkeypatch, *offline) is None
+
+def test_going_online_later_is_the_same_as_at_once(dataset, tmp_path, monkeypatch):
+    flags = [*TINY, "--dataset-path", dataset, *ONLINE, *ONLINE_FOR["qam_baseline"]]
+    assert start("qam_baseline", monkeypatch, *flags, "--run-dir", "whole") is None
+    assert start("qam_baseline", monkeypatch, *flags, "--online-steps", 0, "--run-dir", "later") is None
     fewer = ["--offline-steps", 9, "--online-steps", 31]
     said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", *fewer)
     assert "has done 18 offline steps" in said
@@ -150,6 +157,72 @@ def test_a_run_with_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_epis
         said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", *steps)
         assert "has done 18 offline and 31 online steps" in said and "\n" not in said
     assert Path("later/config.json").read_bytes() == config
+
+
+def test_trqam_goes_online_from_an_offline_checkpoint_as_in_one_run(dataset, tmp_path, monkeypatch, capsys):
+    """Weights, lambda, its average, optimiser, targets and tables carry over: all ends as if one command did it."""
+    flags = [*TINY, "--dataset-path", dataset, "--kl-budget", 0.8]
+    online = [*ONLINE[:4], "--kl-budget-online", 0.3]
+    assert start("trqam_online", monkeypatch, *flags, *online, "--run-dir", "whole") is None
+    assert start("trqam_offline", monkeypatch, *flags, "--run-dir", "offline") is None
+    go = ["--checkpoint", "offline/checkpoint.pt", "--run-dir", "online", "--num-threads", 1]
+    stop_and_resume("trqam_online", monkeypatch, 3, *go, *online)  # of its 31 steps: before its own first checkpoint
+    assert differences(tmp_path / "whole", tmp_path / "online") == []
+    config = json.loads(Path("online/config.json").read_text())
+    assert config["args"]["kl_budget"] == 0.8 and config["args"]["env_id"] == ENV and config["args"]["bc_steps"] == 12
+    sha256 = common.file_hash(Path("offline/checkpoint.pt"))
+    assert config["started_from"] == dict(checkpoint="offline/checkpoint.pt", step=30, sha256=sha256)
+
+    offline, whole = (torch.load(f"{run}/checkpoint.pt", weights_only=True) for run in ("offline", "whole"))
+    assert 0 < offline["agent"]["lam"] < 1 and whole["agent"]["lam"] != offline["agent"]["lam"]
+    train = rows(Path("online/train.csv"))
+    budgets = {
+        stage: {row["trust_region/kl_budget"] for row in train if row["stage"] == stage}
+        for stage in ("offline", "online")
+    }
+    assert budgets == {"offline": {"0.8"}, "online": {"", "0.3"}}  # none while only collecting
+
+    # A shorter offline stage than was done cannot be asked for; another learning rate can.
+    said = start("trqam_online", monkeypatch, *go[:2], "--run-dir", "fewer", *online, "--offline-steps", 9)
+    assert "--checkpoint: the run has done 18 offline steps" in said and not Path("fewer").exists()
+    faster = ["--run-dir", "faster", "--learning-rate", 0.01, "--online-steps", 11, "--learning-starts", 10]
+    assert start("trqam_online", monkeypatch, *go[:2], *faster) is None
+    optimizer = torch.load("faster/checkpoint.pt", weights_only=True)["optimizer"]
+    assert optimizer["param_groups"][0]["lr"] == 0.01 and optimizer["state"][0]["step"] == 18 + 1
+
+    # Without the tables beside it, the policy is evaluated before it goes online.
+    Path("alone").mkdir()
+    Path("offline/checkpoint.pt").rename("alone/checkpoint.pt")
+    alone = [
+        "--checkpoint",
+        "alone/checkpoint.pt",
+        "--run-dir",
+        "from-alone",
+        "--online-steps",
+        2,
+        "--learning-starts",
+        1,
+    ]
+    assert start("trqam_online", monkeypatch, *alone) is None
+    assert [(row["stage"], row["step"]) for row in rows(Path("from-alone/eval.csv"))] == [
+        ("offline", "18"),
+        ("online", "2"),
+    ]
+
+
+def test_trqam_goes_online_from_a_cloned_policy_alone(dataset, tmp_path, monkeypatch):
+    flags = [*TINY_FOR["trqam_online"], "--dataset-path", dataset]
+    without = flags.index("--offline-steps")
+    flags = flags[:without] + flags[without + 2 :]
+    prior = saved(tmp_path)
+    assert start("trqam_online", monkeypatch, *flags, "--bc-checkpoint", prior, "--run-dir", "run") is None
+    assert [(row["stage"], row["step"]) for row in rows(Path("run/eval.csv"))] == [("bc", "0"), ("online", "9")]
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["args"]["offline_steps"] == 0
+    slow = torch.load(prior, weights_only=True)["actor_slow"]
+    base = torch.load("run/checkpoint.pt", weights_only=True)["agent"]
+    moved = max(float((base[f"target_actor_slow.{key}"] - slow[key]).abs().max()) for key in slow)
+    assert 0 < moved < 1e-3  # the base is the cloned policy, after 7 updates at tau 0.005
 
 
 def short_episodes(monkeypatch):
@@ -175,24 +248,25 @@ class Corridor:
         return np.zeros(2), -1.0, False, len(self.actions) % 3 == 0, {"success": 0.0}
 
 
-def test_an_episodes_end_drops_the_rest_of_its_chunk(dataset, monkeypatch):
+@pytest.mark.parametrize("module", [trqam_online, qam_baseline])
+def test_an_episodes_end_drops_the_rest_of_its_chunk(module, dataset, monkeypatch):
     data, _ = common.load_dataset(ENV, chunk_length=2, gamma=0.9, dataset_path=str(dataset))
     data.make_room(8)
     chunks = iter(torch.arange(20.0).view(10, 2))  # one number an action, two actions a chunk
-    monkeypatch.setattr(qam_baseline, "act", lambda *_: next(chunks))
+    monkeypatch.setattr(module, "act", lambda *_: next(chunks))
     corridor = Corridor()
     monkeypatch.setattr(common, "make_env", lambda _: corridor)
-    args, environment = qam_baseline.Args(chunk_length=2), common.OnlineEnvironment("", 0)
-    agent = qam_baseline.Agent(2, 4, qam_baseline.Args(hidden_dims=(4,)))
+    args, environment = module.Args(chunk_length=2), common.OnlineEnvironment("", 0)
+    agent = module.Agent(2, 4, module.Args(hidden_dims=(4,)))
     for _ in range(8):
-        qam_baseline.online_step(agent, data, environment, torch.Generator(), args)
+        module.online_step(agent, data, environment, torch.Generator(), args)
     assert corridor.actions == [0, 1, 2, 4, 5, 6, 8, 9]  # 3 and 7 were never executed
     assert len(environment.chunk) == 0 and data.size == 2008 and data.episodes == 4
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, monkeypatch):
-    flags = [*TINY, "--dataset-path", str(dataset), "--bc-steps", "60", "--offline-steps", "400"]
+    flags = [*TINY_FOR[script], "--dataset-path", str(dataset), "--bc-steps", "60", "--offline-steps", "400"]
     flags += ["--eval-interval", "300"]
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--run-dir", "killed"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -208,7 +282,7 @@ def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, mon
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, dataset, tmp_path, monkeypatch, capsys):
-    flags = [*TINY, "--dataset-path", dataset]
+    flags = [*TINY_FOR[script], "--dataset-path", dataset]
     strength = [STRENGTH[script], 0.7]
     assert start(script, monkeypatch, *flags, "--run-dir", "first", *strength) is None
     run = tmp_path / "first"
@@ -219,12 +293,13 @@ def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, d
     header = (run / "eval.csv").read_text().splitlines()[0]
     assert header == "stage,step,success,success_stderr,return,length,episodes"
     evaluated = [(row["stage"], int(row["step"])) for row in rows(run / "eval.csv")]
-    assert evaluated == [("bc", 12), ("offline", 9), ("offline", 18)]
+    online = [("online", 9)] if script == "trqam_online" else []
+    assert evaluated == [("bc", 12), ("offline", 9), ("offline", 18), *online]
     train = rows(run / "train.csv")
-    assert [int(row["step"]) for row in train] == [3, 6, 9, 12, 3, 6, 9, 12, 15, 18]
+    assert [int(row["step"]) for row in train] == [3, 6, 9, 12, 3, 6, 9, 12, 15, 18] + [3, 6, 9] * len(online)
     assert all(np.isfinite(float(row["losses/bc_loss"])) for row in train)
     keys = ["path_kl", "closed_form_kl"]
-    keys += ["path_kl_ema", "lambda", "kl_budget"] if script == "trqam_offline" else []
+    keys += ["path_kl_ema", "lambda", "kl_budget"] if "trqam" in script else []
     for key in keys:
         assert float(train[-1][f"trust_region/{key}"]) > 0
     assert float(train[-1]["losses/grad_norm"]) > 0 and float(train[-1]["charts/SPS"]) > 0
@@ -270,7 +345,7 @@ def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
     assert parse("quick", "--env-id", ENV).env_id == ENV
     assert parse("--env-id", ENV) == module.Args(env_id=ENV)  # not a known domain: the general defaults
     domain = ["--env-id", "cube-quadruple-play-singletask-task1-v0"]
-    if script == "trqam_offline":
+    if "trqam" in script:
         assert parse("--env-id", "cube-triple-play-singletask-task2-v0").kl_budget == 0.5
         assert parse("--env-id", "humanoidmaze-medium-navigate-singletask-task1-v0").kl_budget == 0.5
         assert parse(*domain).kl_budget == 1.0
@@ -292,9 +367,10 @@ def saved(tmp_path, **changes):
     return tmp_path / "bc.pt"
 
 
-def of_trqam(tmp_path):
-    """A checkpoint.pt that trqam_offline.py might have written."""
-    torch.save(dict(kind="trqam_offline", sizes={}, args={}, agent={}), tmp_path / "trqam.pt")
+def of_trqam(tmp_path, **args):
+    """A checkpoint.pt that trqam_offline.py might have written, with some settings; without any, parts are missing."""
+    parts = "optimizer generator step rows device seconds dataset".split() if args else []
+    torch.save(dict(kind="trqam_offline", sizes={}, args=args, agent={}, **dict.fromkeys(parts)), tmp_path / "trqam.pt")
     return tmp_path / "trqam.pt"
 
 
@@ -381,32 +457,62 @@ BAD = {  # case -> (flags, as a function of (tmp_path, dataset), words that the 
     "gamma above 1": (lambda t, d: ["--gamma", 1.1], ["--gamma", "at most 1"]),
     "no width": (lambda t, d: ["--hidden-dims", 16, 0], ["--hidden-dims", "greater than 0"]),
     "evaluate what": (lambda t, d: ["--eval-only"], ["--eval-only", "--checkpoint"]),
-    "checkpoint for what": (lambda t, d: ["--checkpoint", d], ["--eval-only", "--checkpoint"]),
 }
-BAD_FOR = {  # the same, for one script
-    "trqam_offline": {
-        "no budget": (lambda t, d: ["--kl-budget", 0], ["--kl-budget", "greater than 0"]),
-        "budget not a number": (lambda t, d: ["--kl-budget", "nan"], ["--kl-budget", "greater than 0"]),
-        "bracket reversed": (
-            lambda t, d: ["--lambda-min", 3, "--lambda-max", 2],
-            ["--lambda-min", "--lambda-max", "swap"],
+NO_START = {"checkpoint for what": (lambda t, d: ["--checkpoint", d], ["--eval-only", "--checkpoint"])}
+BAD_TRQAM = {  # the same, for scripts with a trust region
+    "no budget": (lambda t, d: ["--kl-budget", 0], ["--kl-budget", "greater than 0"]),
+    "budget not a number": (lambda t, d: ["--kl-budget", "nan"], ["--kl-budget", "greater than 0"]),
+    "bracket reversed": (lambda t, d: ["--lambda-min", 3, "--lambda-max", 2], ["--lambda-min", "--lambda-max", "swap"]),
+    "endless lambda": (lambda t, d: ["--lambda-max", "nan"], ["--lambda-max", "greater than 0"]),
+}
+BAD_ONLINE = {  # for scripts with an online stage
+    "steps below 0": (lambda t, d: ["--online-steps", -1], ["--online-steps", "0 or greater"]),
+    "no update": (
+        lambda t, d: ["--online-steps", 9, "--learning-starts", 9],
+        ["--learning-starts 9", "--online-steps 9"],
+    ),
+    "no chunk to balance with": (
+        lambda t, d: ["--online-steps", 9, "--learning-starts", 3, "--balanced-sampling"],
+        ["--learning-starts 3", "--balanced-sampling", "4"],
+    ),
+    "no ratio": (lambda t, d: ["--utd-ratio", 0], ["--utd-ratio", "greater than 0"]),
+    "half a ratio": (lambda t, d: ["--utd-ratio", 0.5], ["--utd-ratio", "0.5"]),
+}
+BAD_FOR = {
+    "trqam_offline": BAD_TRQAM | NO_START,
+    "trqam_online": BAD_TRQAM
+    | BAD_ONLINE
+    | {
+        "online budget below 0": (lambda t, d: ["--kl-budget-online", -1], ["--kl-budget-online", "0 or greater"]),
+        "two starts": (
+            lambda t, d: ["--checkpoint", of_trqam(t), "--bc-checkpoint", saved(t)],
+            ["--checkpoint", "--bc-checkpoint", "leave out"],
         ),
-        "endless lambda": (lambda t, d: ["--lambda-max", "nan"], ["--lambda-max", "greater than 0"]),
+        "a checkpoint that is none": (
+            lambda t, d: ["--checkpoint", d],
+            ["--checkpoint", "damaged or not a checkpoint"],
+        ),
+        "a checkpoint that is not there": (lambda t, d: ["--checkpoint", t / "no.pt"], ["no.pt does not exist"]),
+        "a cloned policy where a checkpoint belongs": (
+            lambda t, d: ["--checkpoint", saved(t)],
+            ["--checkpoint", "is a bc checkpoint", "one of trqam_offline is needed"],
+        ),
+        "a checkpoint with parts missing": (
+            lambda t, d: ["--checkpoint", of_trqam(t)],
+            ["--checkpoint", "lacks", "damaged"],
+        ),
+        "a checkpoint of other sizes": (
+            lambda t, d: ["--checkpoint", of_trqam(t, num_critics=3)],
+            ["--checkpoint", "has --num-critics 3, which 2 cannot replace"],
+        ),
     },
-    "qam_baseline": {
+    "qam_baseline": BAD_ONLINE
+    | NO_START
+    | {
         "no temperature": (lambda t, d: ["--inverse-temperature", 0], ["--inverse-temperature", "greater than 0"]),
         "edits below 0": (lambda t, d: ["--edit-scale", -0.1], ["--edit-scale", "between 0 and 1", "-0.1"]),
         "edits above 1": (lambda t, d: ["--edit-scale", 1.5], ["--edit-scale", "between 0 and 1", "1.5"]),
         "edits not a number": (lambda t, d: ["--edit-scale", "nan"], ["--edit-scale", "between 0 and 1"]),
-        "steps below 0": (lambda t, d: ["--online-steps", -1], ["--online-steps", "0 or greater"]),
-        "no update": (
-            lambda t, d: ["--online-steps", 9, "--learning-starts", 9],
-            ["--learning-starts 9", "--online-steps 9"],
-        ),
-        "no chunk to balance with": (
-            lambda t, d: ["--online-steps", 9, "--learning-starts", 3, "--balanced-sampling"],
-            ["--learning-starts 3", "--balanced-sampling", "4"],
-        ),
         "another algorithm's checkpoint as prior": (
             lambda t, d: ["--bc-checkpoint", of_trqam(t)],
             ["--bc-checkpoint", "is a trqam_offline checkpoint", "one of bc is needed"],
@@ -425,7 +531,7 @@ def test_bad_input_is_one_line_before_anything_is_written(script, case, dataset,
     flags, words = (BAD | BAD_FOR[script])[case]
     flags = flags(tmp_path, dataset)
     before = sorted(tmp_path.rglob("*"))
-    said = start(script, monkeypatch, *TINY, "--dataset-path", dataset, *flags)
+    said = start(script, monkeypatch, *TINY_FOR[script], "--dataset-path", dataset, *flags)
     assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said
     assert all(word in said for word in words), said
     assert sorted(tmp_path.rglob("*")) == before
@@ -450,7 +556,7 @@ def test_bad_input_ends_a_process_with_one_line_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, tmp_path, monkeypatch):
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 3, "--bc-steps", 3]
+    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 3, "--bc-steps", 3]
     assert start(script, monkeypatch, *flags) is None
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert "not empty" in start(script, monkeypatch, *flags)
@@ -480,7 +586,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_full_disk_leaves_the_last_good_checkpoint(script, dataset, tmp_path, monkeypatch):
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run"]
+    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run"]
     write, saves = common.os.replace, iter(range(1000))
 
     def full(source, target):

@@ -7,11 +7,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = "trqam_offline"
+REFERENCE = {"trqam_online": "trqam_offline", "qam_baseline": "trqam_online"}  # script -> the one it is held beside
 DIFFERS = {  # script -> definition that differs -> its lines that only the reference has: all others stand there too
+    "trqam_online": {
+        "Args": {"bc_checkpoint", "checkpoint"},  # fields that differ, or that only the reference has
+        "QUICK": {
+            "bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,",
+            "kl_budget=0.2,",
+        },
+        "settings": {'return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}'},
+        "train_step": {"batch = dataset.sample(args.batch_size, generator)"},
+        "main": {
+            "total_steps = bc_steps + args.offline_steps",
+            "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)",
+            "step = 0  # updates done, over both stages",
+            'optimizer.load_state_dict(run.checkpoint["optimizer"])',
+            'run.announce("fine-tuning", total_steps - max(step, bc_steps), '
+            'lambda: train_step(*trial, "offline", args))',
+            "if step == bc_steps == 0:",
+            'run.evaluate("bc", 0, policy)',
+            "run.tick()",
+            "stage_ends = step in (bc_steps, total_steps)",
+            "run.log(stage, stage_step, statistics)",
+            "run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())",
+        },
+    },
     "qam_baseline": {
-        "Args": {  # fields; those of the same name are the same, docstrings included
-            "kl_budget", "lam_scale", "eta_lambda", "kl_ema_coef", "kl_clip_coef", "lambda_min", "lambda_max",
+        "Args": {
+            "bc_checkpoint", "checkpoint", "online_steps", "kl_budget", "kl_budget_online", "lam_scale", "eta_lambda",
+            "kl_ema_coef", "kl_clip_coef", "lambda_min", "lambda_max",
         },
         "Agent": {
             '"""The networks and the two numbers of the dual descent, all of which a checkpoint holds."""',
@@ -36,18 +60,24 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
             '"trust_region/kl_budget": args.kl_budget,',
             '"trust_region/lambda": agent.lam.clone(),',
         },
-        "settings": set(),
-        "train_step": {"batch = dataset.sample(args.batch_size, generator)"},
+        "settings": {
+            'start = {"offline_steps": 0} if args.bc_checkpoint else {}',
+            'return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {}), **start}',
+        },
+        "train_step": {
+            'if stage == "online" and args.kl_budget_online:',
+            "args = replace(args, kl_budget=args.kl_budget_online)",
+        },
         "main": {
-            "total_steps = bc_steps + args.offline_steps",
-            "step = 0  # updates done, over both stages",
-            'run.announce("fine-tuning", total_steps - max(step, bc_steps), '
-            'lambda: train_step(*trial, "offline", args))',
-            "stage_ends = step in (bc_steps, total_steps)",
-            "run.log(stage, stage_step, statistics)",
-            "run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state())",
+            "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device, STARTS_FROM)",
+            'optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})',
+            'if run.checkpoint["device"] == device.type:  # another kind\'s generator cannot go on here',
+            'if run.checkpoint["kind"] == SCRIPT:',
+            'if step >= bc_steps and not run.rows["eval.csv"]:',
+            'run.evaluate("offline" if step > bc_steps else "bc", step - bc_steps, policy)',
         },
         "dual_descent": None,  # the reference's alone
+        "STARTS_FROM": None,
         "DOMAINS": None,
         "QUICK": None,
     },
@@ -73,19 +103,21 @@ def fields(lines):
 
 @pytest.mark.parametrize("script", DIFFERS)
 def test_shared_blocks_are_the_same_to_the_letter(script):
-    ours, reference = definitions(script), definitions(REFERENCE)
+    ours, reference = definitions(script), definitions(REFERENCE[script])
     for name in reference:
         if name in DIFFERS[script]:
             continue
         assert name in ours, f"{script}.py lacks {name}"
         for number, (a, b) in enumerate(zip(reference[name], ours[name])):
-            assert a == b, f"{name}, line {number + 1}:\n{REFERENCE}.py: {a}\n{script}.py: {b}"
-        assert len(reference[name]) == len(ours[name]), f"{name} is longer in one of {REFERENCE}.py and {script}.py"
+            assert a == b, f"{name}, line {number + 1}:\n{REFERENCE[script]}.py: {a}\n{script}.py: {b}"
+        assert len(reference[name]) == len(ours[name]), (
+            f"{name} is longer in one of {REFERENCE[script]}.py and {script}.py"
+        )
 
 
 @pytest.mark.parametrize("script", DIFFERS)
 def test_what_differs_is_what_is_declared(script):
-    ours, reference = definitions(script), definitions(REFERENCE)
+    ours, reference = definitions(script), definitions(REFERENCE[script])
     for name, only_in_reference in DIFFERS[script].items():
         if only_in_reference is None or name == "Args":
             continue
@@ -93,16 +125,16 @@ def test_what_differs_is_what_is_declared(script):
         difference = difflib.ndiff(strip(reference[name]), strip(ours[name]))
         gone = [line[2:] for line in difference if line.startswith("- ")]
         undeclared = [line for line in gone if line not in only_in_reference]
-        assert not undeclared, f"{name}: {script}.py lacks, or has changed, {REFERENCE}.py's line: {undeclared[0]}"
+        assert not undeclared, (
+            f"{name}: {script}.py lacks, or has changed, {REFERENCE[script]}.py's line: {undeclared[0]}"
+        )
         assert only_in_reference == set(gone), f"{name}: declared here as different, but the same in both scripts"
     ours, reference = fields(ours["Args"]), fields(reference["Args"])
-    assert reference.keys() - ours.keys() == DIFFERS[script]["Args"]
-    for name in reference.keys() & ours.keys():
-        assert reference[name] == ours[name]
+    assert {name for name in reference if ours.get(name) != reference[name]} == DIFFERS[script]["Args"]
 
 
 def test_the_scripts_import_only_what_they_may():
-    for script in (REFERENCE, *DIFFERS):
+    for script in ("trqam_offline", *DIFFERS):
         imported = set()
         for node in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())):
             if isinstance(node, ast.Import):
