@@ -26,7 +26,7 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 
 # Settings in which runs of one method may differ: the others make them another method.
 MAY_DIFFER = set(
     "seed run_dir resume device num_threads dataset_path dataset_dir collect_seed bc_checkpoint bc_steps eval_only "
-    "checkpoint eval_interval log_interval checkpoint_interval capture_video track offline_steps".split()
+    "checkpoint eval_interval log_interval checkpoint_interval capture_video track online_steps".split()
 )
 
 
@@ -41,10 +41,11 @@ class Args:
 def method_of(config: dict) -> str:
     """What a run's curve is called."""
     args = config["args"]
+    online = ", then online" if args.get("online_steps") else ""
     if config["script"].startswith("trqam"):
-        return f"TRQAM, budget {args['kl_budget']:g}"
+        return f"TRQAM, budget {args['kl_budget']:g}{online}"
     name = f"QAM-E, edit {args['edit_scale']:g}" if args["edit_scale"] else "QAM"
-    return f"{name}, τ = {args['inverse_temperature']:g}"
+    return f"{name}, τ = {args['inverse_temperature']:g}{online}"
 
 
 def read_run(folder: Path) -> tuple[dict, dict[int, tuple[float, float]]]:
@@ -87,7 +88,9 @@ def main(args: Args):
     for folder in args.runs:
         config, curve = read_run(folder)
         env_id, seed = config["args"]["env_id"], config["args"]["seed"]
-        settings = {key: value for key, value in config["args"].items() if key not in MAY_DIFFER}
+        online = config["args"].get("online_steps")  # which follow the offline ones, so those must be equally many
+        may_differ = MAY_DIFFER if online else MAY_DIFFER | {"offline_steps"}
+        settings = {key: value for key, value in config["args"].items() if key not in may_differ}
         same = first.setdefault((env_id, method_of(config)), settings)
         for key in settings | same:
             ours, theirs = settings.get(key), same.get(key)

@@ -17,6 +17,7 @@ import qam_baseline
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import compare
 import mechanism
+import online
 
 B, O, A = 64, 3, 2
 ARGS = qam_baseline.Args(hidden_dims=(16, 16), num_critics=2, flow_steps=4, chunk_length=1)
@@ -114,14 +115,16 @@ def test_runs_are_grouped_by_method_and_drawn_with_their_intervals(tmp_path, cap
                   edit_scale=0.0, **qam)
         for seed, end in enumerate(ends)
     ]  # fmt: skip
-    online = [("bc", 9, 0.1), ("offline", 200_000, 0.3), ("online", 500, 0.7)]
-    runs += [write_run(tmp_path / "e", "qam_baseline", 0, online, edit_scale=0.1, **qam)]
+    curve = [("bc", 9, 0.1), ("offline", 200_000, 0.3), ("online", 500, 0.7)]
+    runs += [write_run(tmp_path / "e", "qam_baseline", 0, curve, edit_scale=0.1, online_steps=500, **qam)]
+    runs += [write_run(tmp_path / "n", "trqam_online", 0, curve, kl_budget=0.5, online_steps=500)]
     runs += [write_run(tmp_path / "t", "trqam_offline", 0, [("bc", 9, 0.1)], kl_budget=0.5)]
     compare.main(compare.Args(runs=tuple(runs), output=tmp_path / "figure.png"))
     said = capsys.readouterr().out
     half = 4.30 * np.std(ends, ddof=1) / np.sqrt(3)
     assert f"| QAM, τ = 3 | 3 | 200,000 | 0.60 ± {half:.2f} |" in said
-    assert f"| QAM-E, edit 0.1, τ = 3 | 1 | 200,500 | 0.70 ± {1.96 * 0.05:.2f} |" in said
+    assert f"| QAM-E, edit 0.1, τ = 3, then online | 1 | 200,500 | 0.70 ± {1.96 * 0.05:.2f} |" in said
+    assert "| TRQAM, budget 0.5, then online | 1 | 200,500 | 0.70 ± 0.10 |" in said
     assert "| TRQAM, budget 0.5 | 1 | 0 | 0.10 ± 0.10 |" in said
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="second run"):
@@ -173,3 +176,41 @@ def test_the_study_says_what_its_runs_say(tmp_path, monkeypatch):
     figure = mechanism.draw(args, study)
     drawn = {line.get_label() for axis in figure.axes for line in axis.lines}
     assert {setting.label for setting in study} <= drawn
+
+
+def test_the_online_study_says_what_its_runs_say(tmp_path):
+    args = online.Args(seeds=2, online_steps=600, runs_dir=str(tmp_path), output=str(tmp_path))
+    made = dict(hardware=dict(cores=2, cpu="a processor"), versions=dict(torch="2"), git_commit="abc")
+    kept = dict(eval_episodes=50, balanced_sampling=True, utd_ratio=1, learning_starts=100, kl_budget=0.5)
+    for seed in range(2):
+        for setting, flag, _ in online.STUDY:
+            offline = [] if "clone" in setting.name else [("offline", 200_000, 0.3)]
+            curve = [("bc", 9, 0.1), *offline, ("online", 300, 0.5), ("online", 600, 0.7 + 0.2 * seed)]
+            run = write_run(tmp_path / f"{setting.name}-seed{seed}", setting.script, seed, curve, **kept)
+            (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | made))
+            with open(run / "train.csv", "w", newline="") as file:
+                table = csv.writer(file)
+                keys = ["trust_region/path_kl", "trust_region/lambda", "charts/environment_SPS", "charts/update_SPS"]
+                table.writerow(["stage", "step", *keys])
+                table.writerow(["offline", 200_000, 9.0, 2.0, "", ""])
+                for step in (100, 200, 300, 400, 500, 600):  # only collecting at first, so nothing is known of the KL
+                    table.writerow(["online", step, *((step / 100, 3.0) if step > 100 else ("", "")), 800.0, 15.0])
+            assert online.finished(run, "online", 600) and not online.finished(run, "online", 700)
+    assert not online.finished(tmp_path / "missing", "offline", None)
+    rows = online.summarise(args)
+    assert [(row["step"], row["path_kl"]) for row in rows[-2:]] == [(300, 2.5), (600, 5.0)]
+    assert rows[-1]["environment_SPS"] == 800 and rows[-1]["commit"] == "abc"
+    table = online.as_table(rows)
+    assert "| | cloned | before going online | 300 steps online | 600 steps online | path KL, last |" in table
+    assert (
+        "| TRQAM, offline then online | 0.10 ± 0.00 | 0.30 ± 0.00 | 0.50 ± 0.00 | 0.80 ± 0.10 | 5.00 ± 0.00 |" in table
+    )
+    assert "| TRQAM, online from the clone | 0.10 ± 0.00 |  | 0.50 ± 0.00 | 0.80 ± 0.10 | 5.00 ± 0.00 |" in table
+    (tmp_path / "trqam-online-seed0" / "config.json").write_text(
+        json.dumps(json.loads((tmp_path / "trqam-online-seed0" / "config.json").read_text())
+        | dict(dataset=dict(origin="path", sha256="0" * 64, files=["a.npz"], dataset="cube", transitions=9)))
+    )  # fmt: skip
+    figure = online.draw(args)
+    success, kl, lam = figure.axes
+    assert list(success.lines[0].get_xdata()) == [-200_000, 0, 300, 600]
+    assert {line.get_label() for line in kl.lines} >= {setting.label for setting, *_ in online.STUDY} | {"budget"}
