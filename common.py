@@ -1011,10 +1011,33 @@ def choose_device(device: str, num_threads: int) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def choose_compile(choice: str, device: torch.device, updates: int) -> str:
+    """Whether the update is compiled: `on` or `off`, of `auto` what pays within so many updates and works here.
+
+    Raises UserError where it is asked for and does not work.
+    """
+    if choice == "off" or choice == "auto" and updates < WORTH_COMPILING:
+        return "off"
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, none of its headers, no Triton: each fails in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if choice == "on":
+            raise UserError(
+                f"--compile on: torch.compile does not work here ({reason[:200]}); install a C++ compiler (on a GPU: "
+                "Triton), or use --compile off"
+            ) from error
+        print(f"not compiled, so slower: torch.compile does not work here ({reason[:200]})")
+        return "off"
+    return "on"
+
+
 def flag_of(field: str) -> str:
     """`kl_budget` -> `--kl-budget`."""
     return "--" + field.replace("_", "-")
 
+
+WORTH_COMPILING = 10_000  # updates, within which a minute and a half of compiling is won back at every size measured
 
 POSITIVE = set(
     "batch_size chunk_length num_critics flow_steps best_of_n hidden_dims learning_rate max_grad_norm kl_budget "
@@ -1075,12 +1098,12 @@ def quiet_cli(args_class: type, default: Any) -> Any:
 
 RESUME_MAY_CHANGE = set(
     "run_dir resume dataset_path dataset_dir offline_steps online_steps learning_starts utd_ratio balanced_sampling "
-    "device num_threads capture_video track".split()
+    "device num_threads compile capture_video track".split()
 )
 EVALUATION_MAY_CHANGE = set(
-    "eval_only checkpoint eval_episodes seed best_of_n device num_threads capture_video run_dir resume".split()
+    "eval_only checkpoint eval_episodes seed best_of_n device num_threads compile capture_video run_dir resume".split()
 )
-OF_ONE_SITTING = set("run_dir resume eval_only checkpoint device num_threads capture_video track".split())
+OF_ONE_SITTING = set("run_dir resume eval_only checkpoint device num_threads compile capture_video track".split())
 CHECKPOINT_DECIDES = set("bc_checkpoint bc_steps chunk_length hidden_dims actor_layer_norm num_critics".split())
 
 

@@ -23,9 +23,11 @@ What several scripts hold is the same in each to the letter, so a diff of two is
 """
 
 import copy
+import functools
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,6 +56,8 @@ class Args:
     """where to train; `auto` takes the GPU when there is one"""
     num_threads: int = 0
     """CPU threads of torch; 0: as many as torch chooses"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """make the update's losses one compiled graph; `auto`: where the run is long enough to win the time back"""
     dataset_path: str = ""
     """an OGBench .npz file, or a folder of them, to train on instead of the official file"""
     dataset_dir: str = "~/.ogbench/data"
@@ -222,7 +226,7 @@ class Agent(nn.Module):
         self.actor_fast.load_state_dict(self.actor_slow.state_dict())
 
     def make_optimizer(self, args: Args) -> Optimizer:
-        return Adam(self.trained_parameters(), lr=args.learning_rate, eps=1e-8)
+        return Adam(self.trained_parameters(), lr=args.learning_rate, eps=1e-8, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------- the mathematics
@@ -374,11 +378,8 @@ def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: No
     return {"losses/bc_loss": loss_bc.detach(), "losses/grad_norm": grad_norm}
 
 
-def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args) -> dict[str, Tensor]:
-    """One TRQAM update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
-
-    Returns its statistics, named as in TensorBoard: scalars on the device, to be read only when they are logged.
-    """
+def losses(agent: Agent, batch: common.Batch, noise: Noise, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of all networks together, and its statistics: scalars without gradient, named as in TensorBoard."""
     s = batch.observation  # [B, O]
     temperature = args.lam_scale * agent.lam
     with torch.no_grad():
@@ -392,32 +393,46 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     loss_q = critic_loss(q, target, batch.valid)
     loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
     loss_am = adjoint_matching_loss(delta, adjoints, temperature)
-    kl = path_kl(delta.detach(), args.chunk_length)
-    kl_optimum = closed_form_kl(adjoints, temperature, args.chunk_length)
-
-    optimizer.zero_grad()
-    (loss_q + loss_bc + loss_am).backward()
-    grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)  # of all networks together
-    with torch.no_grad():
-        update_targets(agent, args.tau)  # before the step: the targets follow the weights that made this loss
-        optimizer.step()
-        dual_descent(agent, kl, args)
-
-    return {
-        "losses/critic_loss": loss_q.detach(),
-        "losses/bc_loss": loss_bc.detach(),
-        "losses/adjoint_matching_loss": loss_am.detach(),
-        "losses/q_mean": q.detach().mean(),
-        "losses/q_min": q.detach().min(),
-        "losses/q_max": q.detach().max(),
+    statistics = {
+        "losses/critic_loss": loss_q,
+        "losses/bc_loss": loss_bc,
+        "losses/adjoint_matching_loss": loss_am,
+        "losses/q_mean": q.mean(),
+        "losses/q_min": q.min(),
+        "losses/q_max": q.max(),
         "losses/target_q_mean": target.mean(),
         "losses/adjoint_abs_mean": terminal.abs().mean(),
         "losses/adjoint_abs_std": terminal.abs().std(correction=0),
         "losses/adjoint_abs_max": terminal.abs().max(),
+        "trust_region/path_kl": path_kl(delta, args.chunk_length),
+        "trust_region/closed_form_kl": closed_form_kl(adjoints, temperature, args.chunk_length),
+    }
+    return loss_q + loss_bc + loss_am, {name: value.detach() for name, value in statistics.items()}
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """`function` as one graph, made into fast code at its first call, within a minute or so."""
+    return torch.compile(function, fullgraph=True)
+
+
+def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args) -> dict[str, Tensor]:
+    """One TRQAM update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
+
+    Returns its statistics: scalars on the device, to be read only when they are logged.
+    """
+    loss, statistics = (compiled(losses) if args.compile == "on" else losses)(agent, batch, noise, args)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)  # of all networks together
+    with torch.no_grad():
+        update_targets(agent, args.tau)  # before the step: the targets follow the weights that made this loss
+        optimizer.step()
+        dual_descent(agent, statistics["trust_region/path_kl"], args)
+    return {
+        **statistics,
         "losses/grad_norm": grad_norm,
-        "trust_region/path_kl": kl,
         "trust_region/path_kl_ema": agent.kl_ema.clone(),
-        "trust_region/closed_form_kl": kl_optimum,
         "trust_region/kl_budget": args.kl_budget,
         "trust_region/lambda": agent.lam.clone(),
     }
@@ -471,6 +486,8 @@ def main(args: Args):
             agent.start_from_clone()
         return common.evaluate_checkpoint(args, agent.noise_dim, policy)
 
+    updates = args.offline_steps
+    args = replace(args, compile=common.choose_compile(args.compile, device, updates))
     run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)
     if args.bc_checkpoint and not run.checkpoint:
         prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)

@@ -5,6 +5,7 @@ takes sizes, settings and number of steps from each file's `meta`. The format is
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from conftest import parity_maxima
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(FOLDER.glob("*.npz"))
 SCRIPTS = {"trqam": (trqam_offline, trqam_online), "qam": (qam_baseline,)}  # algo -> the scripts that implement it
+COMPILED = ("trqam_chunk5", "qam_edit_chunk5")  # files that the compiled update is held beside too: it takes a while
 NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast", "edit_actor")
 TOLERANCE = 1e-5  # relative, norm-wise: float32 rounding, accumulated over the steps
 SPECIFIED = dict(
@@ -128,24 +130,29 @@ class Recording:
 
 
 def cases():
-    """(recording, script that implements its algorithm) for each file."""
+    """(recording, script that implements its algorithm, whether compiled) for each file."""
     for path in FILES:
         algo = json.loads(str(np.load(path)["meta"]))["algo"]
-        for script in SCRIPTS.get(algo, (None,)):
-            yield pytest.param(path, script, id=f"{path.stem}-{script.__name__ if script else 'no script'}")
+        scripts = SCRIPTS.get(algo, (None,))
+        compiled = [(scripts[-1], "on")] if path.stem in COMPILED else []
+        for script, compile in [*((script, "off") for script in scripts), *compiled]:
+            name = script.__name__ if script else "no script"
+            yield pytest.param(path, script, compile, id=f"{path.stem}-{name}{'-compiled' * (compile == 'on')}")
 
 
-@pytest.mark.parametrize("path, script", list(cases()))
-def test_update_makes_the_recorded_numbers(path, script):
+@pytest.mark.parametrize("path, script, compile", list(cases()))
+def test_update_makes_the_recorded_numbers(path, script, compile):
     recording = Recording(path)
     if script is None:
         pytest.skip(f"no script implements {recording.meta['algo']!r}")
+    if compile == "on" and common.choose_compile("auto", torch.device("cpu"), common.WORTH_COMPILING) == "off":
+        pytest.skip("torch.compile does not work here")
     other = {
         key: recording.config[key] for key, value in SPECIFIED.items() if recording.config.get(key, value) != value
     }
     if other:
         pytest.skip(f"recorded with {other}, which is not the published algorithm")
-    args = recording.args(script)
+    args = dataclasses.replace(recording.args(script), compile=compile)
 
     agent = script.Agent(recording.meta["obs_dim"], recording.meta["chunk"] * recording.meta["action_dim"], args)
     with torch.no_grad():
@@ -167,7 +174,8 @@ def test_update_makes_the_recorded_numbers(path, script):
         recording.compare(f"final/{name}", parameter, layout(recording[f"final/{name}"]))
 
     worst = max(recording.differences, key=recording.differences.get)
-    parity_maxima[f"{path.name}, {script.__name__}.py"] = worst, recording.differences[worst]
+    name = f"{path.name}, {script.__name__}.py{', compiled' * (compile == 'on')}"
+    parity_maxima[name] = worst, recording.differences[worst]
     too_far = {name: difference for name, difference in recording.differences.items() if not difference <= TOLERANCE}
     assert not too_far
 

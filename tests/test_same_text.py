@@ -19,6 +19,7 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
         "train_step": {"batch = dataset.sample(args.batch_size, generator)"},
         "main": {
             "total_steps = bc_steps + args.offline_steps",
+            "updates = args.offline_steps",
             "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)",
             "step = 0  # updates done, over both stages",
             'optimizer.load_state_dict(run.checkpoint["optimizer"])',
@@ -49,13 +50,15 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
         "policy_action": {
             '"""What acts: actor_fast, at observation [n, O] from noise [n, A] -> action chunks [n, A] in [-1, 1]."""',
         },
+        "losses": {
+            "temperature = args.lam_scale * agent.lam",
+            "terminal = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]",
+            "return loss_q + loss_bc + loss_am, {name: value.detach() for name, value in statistics.items()}",
+        },
         "update": {
             '"""One TRQAM update, in place; a function of (agent, optimizer), batch and noise that never waits for the '
             "device.",
-            "temperature = args.lam_scale * agent.lam",
-            "terminal = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]",
-            "(loss_q + loss_bc + loss_am).backward()",
-            "dual_descent(agent, kl, args)",
+            'dual_descent(agent, statistics["trust_region/path_kl"], args)',
             '"trust_region/path_kl_ema": agent.kl_ema.clone(),',
             '"trust_region/kl_budget": args.kl_budget,',
             '"trust_region/lambda": agent.lam.clone(),',
@@ -141,5 +144,5 @@ def test_the_scripts_import_only_what_they_may():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
-        standard = {"copy", "itertools", "math", "dataclasses", "pathlib", "typing"}
+        standard = {"collections", "copy", "functools", "itertools", "math", "dataclasses", "pathlib", "typing"}
         assert imported - standard <= {"torch", "numpy", "tyro", "common"}
