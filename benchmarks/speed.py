@@ -1,71 +1,285 @@
-"""Seconds of one fine-tuning update, by network width: random data, full-size batch, critics and flow steps.
+"""How fast this machine trains, evaluates and collects, and what an update's time goes into.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py                                        # updates by width and batch, and the rest
+    python benchmarks/speed.py --compile off on --widths 128 --batches 256    # the compiled update beside the plain one
 
-Prints a table of medians over --repeats updates, after a burn-in of three.
+Prints tables, and writes their rows, with where and on which commit they were measured, to --output. An update here is
+all that a training run does for one: drawing the batch and the noise, losses, backward, clip, Adam, moving averages.
+Modes are timed in turns within one run, because a processor's clock drifts: quote their ratios. The share of peak is
+of the largest rate of float32 matrix products measured in the same run, at the shapes of the widest hidden layer.
 """
 
+import contextlib
+import copy
+import csv
 import importlib
+import os
 import statistics
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 import tyro
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 
-OBSERVATION_DIM, ACTION_DIM = 40, 25  # of the scene, with chunks of 5
+OBSERVATION_DIM, ACTION_DIM, CHUNK_LENGTH = 40, 5, 5  # of the scene
+ENV_ID = "cube-single-play-singletask-task2-v0"  # for evaluating and collecting
 
 
 @dataclass
 class Args:
-    scripts: tuple[Literal["trqam_offline", "qam_baseline"], ...] = ("trqam_offline", "qam_baseline")
-    """scripts to time"""
-    widths: tuple[int, ...] = (128, 256, 512)
+    script: Literal["trqam_offline", "trqam_online", "qam_baseline"] = "trqam_offline"
+    """script whose update is timed"""
+    widths: tuple[int, ...] = (128, 256, 512, 1024)
     """widths of all four hidden layers"""
-    repeats: int = 10
-    """timed updates"""
+    batches: tuple[int, ...] = (64, 256, 1024, 4096)
+    """batch sizes"""
+    compile: tuple[Literal["off", "on"], ...] = ("off",)
+    """modes of the update, timed in turns; compiling takes a minute or two for each width and batch"""
+    seconds: float = 5.0
+    """time for each width, batch and mode (at least three updates are timed)"""
+    num_critics: int = 10
+    """members of the critic ensemble"""
+    flow_steps: int = 10
+    """Euler steps from noise to an action"""
+    environments: bool = True
+    """time evaluation and collection too"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     num_threads: int = 0
     """CPU threads of torch; 0: as many as torch chooses"""
+    output: str = ""
+    """csv file of all rows; default: none is written"""
 
 
-def seconds_of_an_update(script, width: int, repeats: int, device: torch.device) -> float:
-    """Median over `repeats` updates, each waited for."""
-    args = script.Args(hidden_dims=(width,) * 4)
+def wait(device: torch.device):
+    """For what was launched on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(runs: dict[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, float]:
+    """Median time of each of several calls, made in turns after two of each; at least three, at most 200."""
+    times = {name: [] for name in runs}
+    for name, run in [*runs.items()] * 2:
+        run()
+    wait(device)
+    began = time.perf_counter()
+    while len(next(iter(times.values()))) < 3 or time.perf_counter() - began < seconds * len(runs):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            wait(device)
+            times[name].append(time.perf_counter() - start)
+        if len(times[name]) == 200:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def random_dataset(args: Args, transitions: int, device: torch.device) -> common.ChunkDataset:
+    """Random rows of the scene's sizes, in episodes of 1,000 transitions."""
+    rng, rows = np.random.default_rng(0), transitions + transitions // 1000
+    random = lambda dim: rng.uniform(-1, 1, (rows, dim)).astype(np.float32)
+    ones = np.ones(rows, np.float32)
+    return common.ChunkDataset(
+        random(OBSERVATION_DIM), random(ACTION_DIM), -ones, ones, np.arange(rows) % 1001 == 1000,
+        chunk_length=CHUNK_LENGTH, gamma=0.995, device=device,
+    )  # fmt: skip
+
+
+def peak_flops(width: int, batch: int, num_critics: int, device: torch.device) -> float:
+    """Multiplications and additions per second of float32 products, at the shapes of a hidden layer: the best of one
+    network's and of the ensemble's."""
+    normal = lambda *shape: torch.randn(*shape, device=device)
+    shapes = [((batch, width), (width, width)), ((num_critics, batch, width), (num_critics, width, width))]
+    shapes += [((10 * batch, width), (width, width))]
+    rates = []
+    for left, right in shapes:
+        a, b = normal(*left), normal(*right)
+        out = torch.empty(*left, device=device)
+        seconds = median_seconds({"product": lambda: torch.matmul(a, b, out=out)}, 0.5, device)["product"]
+        rates.append(2 * a.numel() * width / seconds)
+    return max(rates)
+
+
+class OneModule(contextlib.nullcontext):
+    """In place of the counter's tracking of modules, whose hooks do not go through torch.func."""
+
+    parents = ("Global",)
+
+
+def time_updates(args: Args, width: int, batch_size: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each mode of the update at one width and batch."""
+    script = importlib.import_module(args.script)
+    settings = script.Args(
+        hidden_dims=(width,) * 4, batch_size=batch_size, num_critics=args.num_critics, flow_steps=args.flow_steps
+    )
     torch.manual_seed(0)
-    agent = script.Agent(OBSERVATION_DIM, ACTION_DIM, args).to(device)
-    optimizer = agent.make_optimizer(args)
-    generator = torch.Generator(device).manual_seed(0)
-    b, ones = args.batch_size, torch.ones(args.batch_size, device=device)
-    random = lambda dim: torch.rand(b, dim, generator=generator, device=device) * 2 - 1
-    batch = common.Batch(random(OBSERVATION_DIM), random(ACTION_DIM), -ones, ones, random(OBSERVATION_DIM), ones)
-    times = []
-    for _ in range(3 + repeats):
+    agent = script.Agent(OBSERVATION_DIM, CHUNK_LENGTH * ACTION_DIM, settings).to(device)
+    dataset, generator = random_dataset(args, 20_000, device), torch.Generator(device).manual_seed(0)
+    runs = {}
+    for mode in args.compile:
+        twin = copy.deepcopy(agent)
+        step = (twin, twin.make_optimizer(settings), dataset, generator, "offline", replace(settings, compile=mode))
+        runs[mode] = lambda step=step: script.train_step(*step)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = OneModule()
+    with counter:
+        twin = copy.deepcopy(agent)
+        script.train_step(
+            twin, twin.make_optimizer(settings), dataset, generator, "offline", replace(settings, compile="off")
+        )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = median_seconds(runs, args.seconds, device)
+    flops, peak = counter.get_total_flops(), peak_flops(width, batch_size, args.num_critics, device)
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
+    return [
+        dict(what="update", width=width, batch=batch_size, compile=mode, seconds=seconds[mode], per_s=1 / seconds[mode],
+             ratio=seconds[args.compile[0]] / seconds[mode], gflop=flops / 1e9, gflop_per_s=flops / seconds[mode] / 1e9,
+             peak_gflop_per_s=peak / 1e9, share_of_peak=flops / seconds[mode] / peak, device_mib=memory)
+        for mode in args.compile
+    ]  # fmt: skip
+
+
+def time_parts(args: Args, width: int, batch_size: int, device: torch.device) -> list[dict[str, Any]]:
+    """What the time of a plain update goes into: its functions one by one, on the same inputs."""
+    script = importlib.import_module(args.script)
+    settings = script.Args(
+        hidden_dims=(width,) * 4, batch_size=batch_size, num_critics=args.num_critics, flow_steps=args.flow_steps,
+        compile="off",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    action_dim = CHUNK_LENGTH * ACTION_DIM
+    agent = script.Agent(OBSERVATION_DIM, action_dim, settings).to(device)
+    optimizer, generator = agent.make_optimizer(settings), torch.Generator(device).manual_seed(0)
+    dataset = random_dataset(args, 20_000, device)
+    batch = dataset.sample(batch_size, generator)
+    noise, s = script.draw_noise(batch_size, action_dim, settings, generator), batch.observation
+    fast, base, no_grad = agent.actor_fast, agent.target_actor_slow, torch.no_grad()
+    rollout = no_grad(lambda: script.memoryless_rollout(fast, base, s, noise.sde_x0, noise.sde))
+    xs, x_final = rollout()
+    adjoint = no_grad(lambda: script.terminal_adjoint(agent.target_critic, s, x_final))()
+    target = no_grad(lambda: script.critic_target(agent, batch, noise.next_action, settings))
+    y = target()
+    losses = lambda: script.losses(agent, batch, noise, settings)[0]
+    losses().backward()
+    parameters = agent.trained_parameters()
+    parts = {
+        "draw batch and noise": lambda: (
+            dataset.sample(batch_size, generator), script.draw_noise(batch_size, action_dim, settings, generator)
+        ),
+        "critic_target (E1, E2)": target,
+        "memoryless_rollout (E6)": rollout,
+        "terminal_adjoint (E7)": no_grad(lambda: script.terminal_adjoint(agent.target_critic, s, x_final)),
+        "lean_adjoint (E8)": no_grad(lambda: script.lean_adjoint(base, s, xs, adjoint)),
+        "velocity_difference, forward (E9)": lambda: script.velocity_difference(fast, base, s, xs),
+        "critic and cloning losses, forward (E3, E4)": lambda: (
+            script.critic_loss(agent.critic(s, batch.action), y, batch.valid),
+            script.bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t),
+        ),
+        "clip": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0),
+        "moving averages": no_grad(lambda: script.update_targets(agent, settings.tau)),
+        "Adam": optimizer.step,
+    }  # fmt: skip
+    seconds = {name: median_seconds({name: part}, args.seconds / 5, device)[name] for name, part in parts.items()}
+    both = median_seconds({"forward": losses, "all": lambda: losses().backward()}, args.seconds / 5, device)
+    seconds["backward"] = both["all"] - both["forward"]
+    total = sum(seconds.values())
+    return [
+        dict(what=f"part: {name}", width=width, batch=batch_size, compile="off", seconds=value, share=value / total)
+        for name, value in seconds.items()
+    ]
+
+
+def time_environments(args: Args) -> list[dict[str, Any]]:
+    """Evaluation in parallel against one episode after the other, with a policy that costs nothing; collection."""
+    cores, episodes, c = os.cpu_count(), 50, CHUNK_LENGTH
+    evaluator = common.Evaluator(ENV_ID, c, episodes, seed=0, noise_dim=1)
+    standing = lambda observation, noise: torch.zeros(len(observation), 5 * c)
+    evaluator.evaluate(standing)  # starts the processes
+    start = time.perf_counter()
+    evaluator.evaluate(standing)
+    parallel = time.perf_counter() - start
+    evaluator.close()
+
+    env = common.ChunkedEpisode(common.make_env(ENV_ID), c)
+    start = time.perf_counter()
+    for seed in evaluator.seeds:
+        env.reset(seed=seed)
+        done = False
+        while not done:
+            _, _, terminated, truncated, _ = env.step(np.zeros(5 * c, dtype=np.float32))
+            done = terminated or truncated
+    serial = time.perf_counter() - start
+    env.close()
+    with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        noise = script.draw_noise(b, ACTION_DIM, args, generator)
-        float(script.update(agent, optimizer, batch, noise, args)["losses/critic_loss"])  # waits for the device
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+        common.collect_dataset("cube-single-play-v0", 4 * cores, 0, folder)
+        collecting = (4 * cores + max(1, 4 * cores // 10)) * 1001 / (time.perf_counter() - start)
+    return [
+        dict(what="evaluation of 50 episodes, parallel", seconds=parallel, ratio=serial / parallel, cores=cores),
+        dict(what="evaluation of 50 episodes, one after the other", seconds=serial, ratio=1.0, cores=cores),
+        dict(what="collection (steps/s, with starting the processes)", per_s=collecting, cores=cores),
+    ]
+
+
+def memory_of_data(args: Args, device: torch.device) -> list[dict[str, Any]]:
+    """Bytes that a million transitions take on the device, over those of their numbers in the file."""
+    transitions = 1_000_000
+    dataset = random_dataset(args, transitions, device)
+    tensors = [value for value in vars(dataset).values() if isinstance(value, torch.Tensor)]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    own = (transitions + transitions // 1000) * (OBSERVATION_DIM + ACTION_DIM + 2) * 4
+    return [dict(what="a million transitions on the device", device_mib=held / 2**20, ratio=held / own)]
+
+
+def show(rows: list[dict[str, Any]], columns: dict[str, str]):
+    """A table of some columns, each in its format."""
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        cells = (format(row[key], form) if key in row and row[key] == row[key] else "" for key, form in columns.items())
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main(args: Args):
     device = common.choose_device(args.device, args.num_threads)
+    if "on" in args.compile:
+        common.choose_compile("on", device, 0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else common.cpu_name()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {common.git_commit()}")
-    print("batch 256, 10 critics, 10 flow steps, 4 hidden layers\n")
-    print("| script | width | s per update | updates/s |\n|---|---|---|---|")
-    for name in args.scripts:
-        for width in args.widths:
-            seconds = seconds_of_an_update(importlib.import_module(name), width, args.repeats, device)
-            print(f"| {name} | {width} | {seconds:.3f} | {1 / seconds:.1f} |", flush=True)
+    where = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, commit=common.git_commit())
+    print(", ".join(f"{key} {value}" for key, value in where.items()))
+    print(f"{args.script}, {args.num_critics} critics, {args.flow_steps} flow steps, 4 hidden layers")
+    rows = []
+    for width in args.widths:
+        for batch in args.batches:
+            rows += time_updates(args, width, batch, device)
+    show(rows, dict(width="d", batch="d", compile="", seconds=".4f", per_s=".1f", ratio=".2f", gflop=".1f",
+                    gflop_per_s=".0f", peak_gflop_per_s=".0f", share_of_peak=".0%", device_mib=".0f"))  # fmt: skip
+    for width in args.widths:
+        parts = time_parts(args, width, 256, device)
+        show(parts, dict(what="", width="d", batch="d", seconds=".4f", share=".0%"))
+        rows += parts
+    others = memory_of_data(args, device) + (time_environments(args) if args.environments else [])
+    show(others, dict(what="", seconds=".1f", per_s=".0f", ratio=".2f", cores="d", device_mib=".0f"))
+    rows += others
+    if args.output:
+        columns = list(dict.fromkeys(key for row in rows for key in row)) + list(where)
+        with open(args.output, "w", newline="") as file:
+            table = csv.DictWriter(file, columns, lineterminator="\n")
+            table.writeheader()
+            table.writerows(row | where for row in rows)
+        print(f"\n{args.output}")
 
 
 if __name__ == "__main__":
