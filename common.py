@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -519,6 +520,65 @@ class ReplayBuffer(ChunkDataset):
         self.saved_rows, self.saved_crc32 = rows, state["crc32"]
 
 
+class RotatingShards:
+    """A dataset of several files, of which one at a time is on the device, while the next is read in the background.
+
+    Batch n is drawn from file n // 1000, counted round: a run that resumes needs to know n alone.
+
+    Args:
+        files: of the dataset, two or more.
+        load: reads one of them onto the device.
+        drawn: batches that were drawn before.
+
+    Attributes:
+        size: transitions of the file that is resident.
+    """
+
+    BATCHES_PER_FILE = 1_000
+
+    def __init__(self, files: list[Path], load: Callable[[Path], ReplayBuffer], drawn: int = 0):
+        self.files, self.load_file, self.drawn = files, load, drawn
+        self.reader = concurrent.futures.ThreadPoolExecutor(1)
+        self.number = self.file_of(drawn)
+        self.resident = load(files[self.number])
+        self.read_ahead()
+
+    def file_of(self, batch: int) -> int:
+        """Number of the file that a batch is drawn from."""
+        return batch // self.BATCHES_PER_FILE % len(self.files)
+
+    def read_ahead(self):
+        """Begin to read the file after the resident one."""
+        self.following = self.reader.submit(self.load_file, self.files[(self.number + 1) % len(self.files)])
+
+    @property
+    def size(self) -> int:
+        return self.resident.size
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """As `ChunkDataset.sample`, of the file whose turn it is. Raises UserError where the next cannot be read."""
+        if self.number != self.file_of(self.drawn):
+            self.number, self.resident = self.file_of(self.drawn), self.following.result()
+            self.read_ahead()
+        self.drawn += 1
+        return self.resident.sample(batch_size, generator)
+
+    def make_room(self, transitions: int):
+        """Nothing can be appended. Raises UserError where anything is to be."""
+        if transitions:
+            raise UserError(
+                f"--online-steps: an online stage needs all data on the device, and these {len(self.files)} files take "
+                "turns there; raise --max-data-gb, or name fewer with --dataset-path"
+            )
+
+    def save(self, path: Path) -> dict[str, Any]:
+        """As `ReplayBuffer.save`: there is nothing to save."""
+        return {}
+
+    def load(self, path: Path, state: dict[str, Any]):
+        """As `ReplayBuffer.load`."""
+
+
 class OnlineEnvironment:
     """The environment that a policy collects in, one step at a time.
 
@@ -635,6 +695,34 @@ def read_npz(path: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
         ) from error
 
 
+def bytes_on_device(path: Path) -> int:
+    """That the rows of a dataset file will take, by its header. Raises UserError where it has none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            numbers = 0
+            for key, others in (("observations", 2), ("actions", 0)):  # a reward and a mask for each row
+                with archive.open(f"{key}.npy") as file:
+                    version = np.lib.format.read_magic(file)
+                    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                    rows, width = read(file)[0]
+                    numbers += rows * (width + others)
+        return 4 * numbers
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise UserError(
+            f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again"
+        ) from error
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that data may take there: most of what is free on a GPU, half of it where the system lives too."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    try:
+        return 512 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
     """Rows of one file, with OGBench's rewards and masks of the environment's task; checked against its sizes."""
     shapes = {
@@ -667,8 +755,14 @@ def load_dataset(
     dataset_dir: str = "~/.ogbench/data",
     collect_episodes: int = 0,
     collect_seed: int = 0,
-) -> tuple[ReplayBuffer, dict[str, Any]]:
+    max_data_gb: float = 0.0,
+    rotating: bool | None = None,
+    drawn: int = 0,
+) -> tuple[ReplayBuffer | RotatingShards, dict[str, Any]]:
     """The training data of a single task -> (data on `device`, what it is and where it comes from).
+
+    Several files that take more than `max_data_gb` GiB together (0: than is free) become `RotatingShards`, from batch
+    `drawn` on; `rotating`, where it is not None, decides that instead.
 
     `dataset_path` (a file, or a folder of shards) if given; else `collect_episodes` collected episodes if > 0; else
     the official file. Rewards and masks are OGBench's own for the task. Raises UserError for a file that is missing,
@@ -687,8 +781,32 @@ def load_dataset(
         files, info = [official_file(dataset_name, dataset_dir)], {"origin": "official"}
 
     env = make_env(env_id)
-    parts = [read_dataset_file(path, env) for path in files]
-    env.close()
+    device = torch.device(device)
+
+    def load(paths: list[Path]) -> ReplayBuffer:
+        arrays = {key: [] for key in ("observations", "actions", "rewards", "masks", "terminals")}
+        for path in paths:
+            data = read_dataset_file(path, env)
+            data["terminals"][-1] = True  # a file's end ends an episode
+            for key, parts in arrays.items():
+                parts.append(data[key])
+        arrays = {key: np.concatenate(parts) if len(parts) > 1 else parts[0] for key, parts in arrays.items()}
+        dataset = ReplayBuffer(**arrays, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device)
+        if dataset.size < chunk_length:
+            raise UserError(f"{paths[0]}: {dataset.size} transitions are fewer than one chunk of {chunk_length}")
+        return dataset
+
+    if rotating is None:
+        most = max_data_gb * 2**30 or free_memory(device)
+        rotating = len(files) > 1 and sum(bytes_on_device(path) for path in files) > most
+    shards = [[path] for path in files] if rotating else [files]
+    transitions = episodes = solved = 0
+    for shard in shards:  # each is read once before any work, so that a damaged one is found now
+        dataset = load(shard)
+        transitions, episodes = transitions + dataset.size, episodes + len(dataset.ends)
+        solved += int((dataset.masks == 0).sum())
+    if rotating:
+        dataset = RotatingShards(files, lambda path: load([path]), drawn)
     hashes = [file_hash(path) for path in files]
     made = collection_of(files[0]) if len(files) == 1 else None
     if made and made["sha256"] == hashes[0]:
@@ -697,21 +815,13 @@ def load_dataset(
             raise UserError(f"{files[0]} was collected as {made['dataset']}, but {env_id} needs {dataset_name}")
     elif collect_episodes and not dataset_path:
         raise UserError(f"{files[0]} is no longer the file that was collected: remove it, to collect it again")
-    data = {
-        key: np.concatenate([part[key] for part in parts]) for key in ("observations", "actions", "rewards", "masks")
-    }
-    terminals = np.concatenate([np.append(part["terminals"][:-1], True) for part in parts])  # a file's end ends one
-    dataset = ReplayBuffer(
-        **data, terminals=terminals, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device
-    )
-    if dataset.size < chunk_length:
-        raise UserError(f"{files[0]}: {dataset.size} transitions are fewer than one chunk of {chunk_length}")
     info |= dict(
         dataset=dataset_name,
         files=[str(path) for path in files],
-        transitions=dataset.size,
-        episodes=len(dataset.ends),
-        success_fraction=float((data["masks"] == 0).mean()),
+        transitions=transitions,
+        episodes=episodes,
+        success_fraction=solved / (transitions + episodes),
+        rotating=rotating,
         sha256=hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
     )
     return dataset, info
@@ -1046,7 +1156,7 @@ POSITIVE = set(
 )
 NOT_NEGATIVE = set(
     "seed num_threads collect_episodes collect_seed bc_steps offline_steps online_steps learning_starts rho eta_lambda "
-    "entropy_scale kl_budget_online".split()
+    "entropy_scale kl_budget_online max_data_gb".split()
 )
 FRACTION = {"gamma", "tau", "kl_ema_coef"}
 
@@ -1366,6 +1476,9 @@ class Run:
             dataset_dir=args.dataset_dir,
             collect_episodes=args.collect_episodes,
             collect_seed=args.collect_seed,
+            max_data_gb=args.max_data_gb,
+            rotating=self.checkpoint["dataset"].get("rotating") if self.resumes else None,
+            drawn=self.checkpoint["step"] if self.resumes else 0,
         )
         if args.batch_size > dataset.size:
             raise UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
@@ -1378,6 +1491,8 @@ class Run:
         self.record(dataset=origin)
         print(f"run: {self.path}")
         print("settings: " + ", ".join(f"{key} {value}" for key, value in self.config["args"].items() if value != ""))
+        if origin["rotating"]:
+            print(f"{len(origin['files'])} files take turns on the device, {dataset.BATCHES_PER_FILE:,} batches each")
         print(f"data: {describe_dataset(origin)}; the task is done in {origin['success_fraction']:.2%} of its rows")
         if origin["success_fraction"] == 0:
             print("note: no row of the data solves this task, so its reward is never the highest; training goes on")

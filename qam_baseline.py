@@ -59,6 +59,8 @@ class Args:
     """make the update's losses one compiled graph; `auto`: where the run is long enough to win the time back"""
     dataset_path: str = ""
     """an OGBench .npz file, or a folder of them, to train on instead of the official file"""
+    max_data_gb: float = 0.0
+    """GiB of data on the device at once: several files beyond it take turns, 1,000 updates each; 0: what is free"""
     dataset_dir: str = "~/.ogbench/data"
     """where official files are kept or downloaded to, and collected ones written"""
     collect_episodes: int = 0
@@ -583,7 +585,7 @@ def main(args: Args):
             environment.load_state_dict(run.checkpoint["environment"])
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away
-        trial = twin, twin.make_optimizer(args), dataset, torch.Generator(device)
+        trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
         online_updates = args.utd_ratio * max(0, total_steps - max(step, offline_end + args.learning_starts))
         updates = max(0, offline_end - max(step, bc_steps)) + online_updates

@@ -281,6 +281,39 @@ def test_a_folder_of_shards_is_one_dataset(collected, tmp_path):
     assert sharded.chunks(torch.tensor([396])).valid == 0
 
 
+def test_shards_beyond_the_memory_allowed_take_turns(collected, tmp_path, monkeypatch):
+    file = dict(np.load(collected))
+    parts = [slice(0, 300), slice(300, 700), slice(700, 1001)]
+    for number, rows in enumerate(parts):
+        np.savez(tmp_path / f"{number}.npz", **{key: array[rows] for key, array in file.items()})
+    monkeypatch.setattr(common.RotatingShards, "BATCHES_PER_FILE", 3)
+    env_id, settings = "scene-play-singletask-task1-v0", dict(chunk_length=5, gamma=0.99)
+    load = lambda **more: common.load_dataset(env_id, **settings, dataset_path=str(tmp_path), **more)
+    size = 4 * sum(array.size for array in (file["observations"], file["actions"])) + 8 * 1001
+    together, info = load(max_data_gb=size / 2**30)
+    assert isinstance(together, common.ReplayBuffer) and not info["rotating"]
+    rotating, info_of_rotating = load(max_data_gb=(size - 1) / 2**30)
+    assert info_of_rotating == info | {"rotating": True}  # sizes and hash are those of all files
+
+    draw = lambda dataset, seed: dataset.sample(8, torch.Generator().manual_seed(seed)).observation
+    of_file = lambda number: torch.from_numpy(file["observations"][parts[number]])
+    batches = [draw(rotating, seed) for seed in range(12)]
+    for number, batch in enumerate(batches):
+        rows = of_file(number // 3 % 3)
+        assert (batch[:, None] == rows).all(-1).any(-1).all()
+    for drawn in (4, 6, 11):  # a run that goes on after so many batches
+        resumed, _ = load(rotating=True, drawn=drawn)
+        assert torch.equal(draw(resumed, drawn), batches[drawn])
+    with pytest.raises(common.UserError, match="--max-data-gb"):
+        rotating.make_room(1)
+    np.savez(tmp_path / "1.npz", **{key: array[:300] for key, array in file.items() if key != "qpos"})
+    with pytest.raises(common.UserError, match="1.npz is no OGBench dataset: it has no qpos"):
+        load(max_data_gb=1e-6)
+    (tmp_path / "2.npz").write_bytes(b"PK")
+    with pytest.raises(common.UserError, match="2.npz cannot be read as .npz"):
+        load(max_data_gb=1e-6)
+
+
 def test_collecting_again_with_one_worker_or_after_a_stop_gives_the_same_bytes(collected, tmp_path):
     arguments = ("scene-play-v0", 1, 7, str(tmp_path))
     path = common.collected_path(*arguments)

@@ -143,6 +143,21 @@ def test_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(script,
     assert speeds[0][0] > 0 and speeds[0][1] == 0 and min(speeds[1]) > 0
 
 
+def test_a_run_on_shards_that_take_turns_resumes(dataset, tmp_path, monkeypatch):
+    arrays = dict(np.load(dataset))
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        np.savez(tmp_path / f"shards/{number}.npz", **{key: array[number::2] for key, array in arrays.items()})
+    monkeypatch.setattr(common.RotatingShards, "BATCHES_PER_FILE", 4)
+    flags = [*TINY, "--dataset-path", "shards", "--max-data-gb", 1e-6]
+    assert start("trqam_offline", monkeypatch, *flags, "--run-dir", "whole") is None
+    stop_and_resume("trqam_offline", monkeypatch, 26, *flags, "--run-dir", "stopped")  # its checkpoint is of step 25
+    assert differences(tmp_path / "whole", tmp_path / "stopped") == []
+    assert json.loads(Path("whole/config.json").read_text())["dataset"]["rotating"]
+    online = ["--online-steps", 9, "--learning-starts", 4]
+    assert "--max-data-gb" in start("trqam_online", monkeypatch, *flags, *online, "--run-dir", "online")
+
+
 def test_going_online_later_is_the_same_as_at_once(dataset, tmp_path, monkeypatch):
     flags = [*TINY, "--dataset-path", dataset, *ONLINE, *ONLINE_FOR["qam_baseline"]]
     assert start("qam_baseline", monkeypatch, *flags, "--run-dir", "whole") is None
