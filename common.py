@@ -28,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -876,6 +877,8 @@ class ChunkedEpisode(gymnasium.Wrapper):
 def make_chunked_env(env_id: str, chunk_length: int) -> gymnasium.Env:
     """The environment of a worker process of `Evaluator`."""
     leave_interrupts_to_the_parent()
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a cluster sends to all: the evaluation is finished first
     return ChunkedEpisode(make_env(env_id), chunk_length)
 
 
@@ -1326,6 +1329,7 @@ class Run:
         checkpoint: what `save` wrote last, when resuming; else what args.checkpoint holds, the end of another script's
             run that goes on in this one; else None.
         rows: of eval.csv and train.csv so far, those of that other run included.
+        stopping: the number of the signal, SIGINT or SIGTERM, that asks to save and stop; 0: none does.
     """
 
     def __init__(
@@ -1361,7 +1365,7 @@ class Run:
             self.checkpoint = load_checkpoint(args.checkpoint, starts_from, "--checkpoint", sizes)
             self.check_steps("--checkpoint")
         self.evaluator = self.writer = self.bar = self.lock = None
-        self.config = {}
+        self.config, self.stopping = {}, 0
         self.started = time.perf_counter()
         self.steps_since_log = self.updates_since_log = 0
         self.seconds = self.checkpoint["seconds"] if self.resumes else 0.0  # of earlier sittings
@@ -1388,8 +1392,9 @@ class Run:
         for part in (self.bar, self.evaluator, self.writer, self.lock):
             if part:
                 part.close()
-        if kind is KeyboardInterrupt and self.writer:
-            print(f"\ninterrupted; continue with --run-dir {self.path} --resume", file=sys.stderr)
+        self.restore_signals()
+        if (kind is KeyboardInterrupt or self.stopping) and self.writer:
+            print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
 
     def open(self):
         """Make the folder, with config.json, or open the one to resume: from here on the run can be resumed."""
@@ -1511,10 +1516,27 @@ class Run:
         )
 
     def begin(self, step: int, total: int):
-        """Show progress from `step` to `total`."""
+        """Show progress from `step` to `total`; from here on, a first Ctrl-C or SIGTERM only asks to save and stop."""
         self.step = step
         self.bar = tqdm(total=total, initial=step, unit="step", desc="training", **PROGRESS)
         self.last_log = time.perf_counter()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number: int, frame: Any):
+        """Note a signal, and let the next one end the program at once."""
+        self.stopping = number
+        self.restore_signals()
+        os.write(
+            2, b"\nstopping after this step, or this evaluation; once more ends at once\n"
+        )  # may interrupt a print
+
+    def restore_signals(self):
+        """Ctrl-C or SIGTERM end the program."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.default_int_handler)
 
     def tick(self, updates: int = 1):
         """Count one step: an update, or, online, a step in the environment with its updates."""
@@ -1583,7 +1605,10 @@ class Run:
         write_atomically(self.path / name, csv_text(self.columns[name], self.rows[name]).encode())
 
     def save(self, **state):
-        """Write checkpoint.pt: `state`, which `self.checkpoint` gives back after a restart, and what the logs need."""
+        """Write checkpoint.pt: `state`, which `self.checkpoint` gives back after a restart, and what the logs need.
+
+        Ends the program where a signal asked for that.
+        """
         buffer = io.BytesIO()
         rows = {name: len(rows) for name, rows in self.rows.items()}
         torch.save(
@@ -1601,6 +1626,8 @@ class Run:
             buffer,
         )
         write_atomically(self.path / "checkpoint.pt", buffer.getvalue())
+        if self.stopping:
+            sys.exit(128 + self.stopping)
 
     def save_bc(self, actor_slow: dict[str, torch.Tensor]):
         """Write bc_checkpoint.pt: the behaviour-cloned policy, for all tasks of the domain and all scripts."""

@@ -617,7 +617,7 @@ def main(args: Args):
             evaluation_due = stage_ends or (stage != "bc" and stage_step % args.eval_interval == 0)
             if evaluation_due:
                 run.evaluate(stage, stage_step, policy)
-            if evaluation_due or stage_step % args.checkpoint_interval == 0:
+            if evaluation_due or stage_step % args.checkpoint_interval == 0 or run.stopping:
                 run.save(
                     agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
                     replay=dataset.save(run.path / "replay.bin"), environment=environment.state_dict(),

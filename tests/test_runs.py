@@ -295,6 +295,38 @@ def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, mon
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_saves_and_stops_and_the_run_then_resumes(number, dataset, tmp_path, monkeypatch):
+    flags = [
+        *TINY_FOR["trqam_online"],
+        "--dataset-path",
+        str(dataset),
+        "--online-steps",
+        "20000",
+        "--log-interval",
+        "7",
+    ]
+    flags += ["--eval-interval", "20000", "--checkpoint-interval", "20000", "--compile", "off"]
+    command = [sys.executable, str(ROOT / "trqam_online.py"), *flags, "--run-dir", "stopped"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        online = lambda: (
+            "online" in Path("stopped/train.csv").read_text() if Path("stopped/train.csv").exists() else False
+        )
+        while not online() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.communicate(timeout=300)[1]
+    assert process.returncode == 128 + number
+    assert "stopped; continue with --run-dir stopped --resume" in said and "Traceback" not in said
+    step = torch.load("stopped/checkpoint.pt", weights_only=True)["step"]
+    assert 30 < step < 20030
+    end = ["--online-steps", step - 30 + 20]
+    assert start("trqam_online", monkeypatch, "--run-dir", "stopped", "--resume", *end) is None
+    assert start("trqam_online", monkeypatch, *flags, *end, "--run-dir", "whole") is None
+    assert differences(tmp_path / "whole", tmp_path / "stopped") == []
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, dataset, tmp_path, monkeypatch, capsys):
     flags = [*TINY_FOR[script], "--dataset-path", dataset]
