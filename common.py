@@ -402,6 +402,13 @@ class ChunkDataset:
         self.sparse = sparse
         self.steps = torch.arange(chunk_length, device=device)  # [c]
 
+    def to(self, device: torch.device) -> "ChunkDataset":
+        """Move it to a device, in place."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """`batch_size` chunks whose first transition is uniform over 0 ... size - c."""
         return self.chunks(self.starts(0, self.size, batch_size, generator))
@@ -506,9 +513,11 @@ class ReplayBuffer(ChunkDataset):
 
         The running episode's newest observation is not in the file: the next `append` brings it.
         """
+        if not state["rows"]:
+            return
         widths = [self.observations.shape[1], self.actions.shape[1], 1, 1]
         rows, numbers = state["rows"], state["rows"] * sum(widths)
-        stored = np.fromfile(path, np.float32, numbers) if rows and path.exists() else np.empty(0, np.float32)
+        stored = np.fromfile(path, np.float32, numbers) if path.exists() else np.empty(0, np.float32)
         if len(stored) < numbers or zlib.crc32(stored) != state["crc32"]:
             raise UserError(f"--resume: {path} is damaged or missing, so this run cannot go on; start a new one")
         while len(self.ends) <= state["episodes"]:
@@ -522,13 +531,15 @@ class ReplayBuffer(ChunkDataset):
 
 
 class RotatingShards:
-    """A dataset of several files, of which one at a time is on the device, while the next is read in the background.
+    """A dataset of several files, of which one at a time is on the device, while the next is read in the background
+    into the computer's own memory.
 
     Batch n is drawn from file n // 1000, counted round: a run that resumes needs to know n alone.
 
     Args:
         files: of the dataset, two or more.
-        load: reads one of them onto the device.
+        load: reads one of them.
+        device: where batches are drawn.
         drawn: batches that were drawn before.
 
     Attributes:
@@ -537,11 +548,11 @@ class RotatingShards:
 
     BATCHES_PER_FILE = 1_000
 
-    def __init__(self, files: list[Path], load: Callable[[Path], ReplayBuffer], drawn: int = 0):
-        self.files, self.load_file, self.drawn = files, load, drawn
+    def __init__(self, files: list[Path], load: Callable[[Path], ReplayBuffer], device: torch.device, drawn: int = 0):
+        self.files, self.load_file, self.device, self.drawn = files, load, device, drawn
         self.reader = concurrent.futures.ThreadPoolExecutor(1)
         self.number = self.file_of(drawn)
-        self.resident = load(files[self.number])
+        self.resident = load(files[self.number]).to(device)
         self.read_ahead()
 
     def file_of(self, batch: int) -> int:
@@ -559,7 +570,8 @@ class RotatingShards:
     def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
         """As `ChunkDataset.sample`, of the file whose turn it is. Raises UserError where the next cannot be read."""
         if self.number != self.file_of(self.drawn):
-            self.number, self.resident = self.file_of(self.drawn), self.following.result()
+            self.number, self.resident = self.file_of(self.drawn), None  # which makes room for the next
+            self.resident = self.following.result().to(self.device)
             self.read_ahead()
         self.drawn += 1
         return self.resident.sample(batch_size, generator)
@@ -634,16 +646,19 @@ class OnlineEnvironment:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         actions = torch.from_numpy(np.array(self.actions, dtype=np.float32))
-        chunk = torch.from_numpy(self.chunk.copy())
-        return {"episode": self.episode, "actions": actions, "chunk": chunk, "last_episode": self.last_episode}
+        state = {"episode": self.episode, "actions": actions, "chunk": torch.from_numpy(self.chunk.copy())}
+        return state | {"observation": torch.as_tensor(self.observation), "last_episode": self.last_episode}
 
     def load_state_dict(self, state: dict[str, Any]):
-        """Return to a state, by playing its running episode again from its start."""
+        """Return to a state, by playing its running episode again from its start. Says so where that ends elsewhere."""
         self.begin(state["episode"])
-        self.last_episode = state["last_episode"]
         for action in state["actions"].numpy():
             self.step(action)
-        self.chunk = state["chunk"].numpy()
+        self.last_episode = state["last_episode"]
+        if np.array_equal(self.observation, state["observation"].numpy()):
+            self.chunk = state["chunk"].numpy()
+        else:
+            print("note: this machine plays the running episode otherwise, so the run will not end as if never stopped")
         self.report()  # steps that are played again do not count
 
 
@@ -792,22 +807,22 @@ def load_dataset(
             for key, parts in arrays.items():
                 parts.append(data[key])
         arrays = {key: np.concatenate(parts) if len(parts) > 1 else parts[0] for key, parts in arrays.items()}
-        dataset = ReplayBuffer(**arrays, chunk_length=chunk_length, gamma=gamma, sparse=sparse, device=device)
+        dataset = ReplayBuffer(**arrays, chunk_length=chunk_length, gamma=gamma, sparse=sparse)
         if dataset.size < chunk_length:
             raise UserError(f"{paths[0]}: {dataset.size} transitions are fewer than one chunk of {chunk_length}")
         return dataset
 
     if rotating is None:
-        most = max_data_gb * 2**30 or free_memory(device)
-        rotating = len(files) > 1 and sum(bytes_on_device(path) for path in files) > most
+        most, sizes = max_data_gb * 2**30 or free_memory(device), [bytes_on_device(path) for path in files]
+        rotating = len(files) > 1 and sum(sizes) > most
     shards = [[path] for path in files] if rotating else [files]
     transitions = episodes = solved = 0
     for shard in shards:  # each is read once before any work, so that a damaged one is found now
+        dataset = None  # which makes room for the next
         dataset = load(shard)
         transitions, episodes = transitions + dataset.size, episodes + len(dataset.ends)
         solved += int((dataset.masks == 0).sum())
-    if rotating:
-        dataset = RotatingShards(files, lambda path: load([path]), drawn)
+    dataset = RotatingShards(files, lambda path: load([path]), device, drawn) if rotating else dataset.to(device)
     hashes = [file_hash(path) for path in files]
     made = collection_of(files[0]) if len(files) == 1 else None
     if made and made["sha256"] == hashes[0]:
@@ -973,8 +988,13 @@ class Evaluator:
             else f"no video: {message} (MuJoCo needs EGL, e.g. libegl1, or a screen)"
         )
 
-    def close(self):
-        """End the worker processes."""
+    def close(self, at_once: bool = False):
+        """End the worker processes; at_once: in the middle of what they do."""
+        if at_once:
+            for process in self.envs.processes:
+                process.kill()
+                process.join()
+            self.envs.closed = True
         self.envs.close()
 
 
@@ -1092,6 +1112,8 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
         if kind == "bc"
         else {"sizes", "args", "agent", "optimizer", "generator", "step", "rows", "device", "seconds", "dataset"}
     )
+    if found == kind and "online_steps" in checkpoint.get("args", {}):
+        parts |= {"replay", "environment"}
     if found == kind and parts - checkpoint.keys():
         raise UserError(
             f"{flag}: {path} lacks {', '.join(sorted(parts - checkpoint.keys()))}: it is damaged; use another"
@@ -1142,6 +1164,7 @@ def choose_compile(choice: str, device: torch.device, updates: int) -> str:
             ) from error
         print(f"not compiled, so slower: torch.compile does not work here ({reason[:200]})")
         return "off"
+    print("the update is compiled, which takes a minute or two before the first one (--compile off: none)")
     return "on"
 
 
@@ -1150,6 +1173,7 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+MOST_STEPS = 10**9  # of a stage
 WORTH_COMPILING = 10_000  # updates, within which a minute and a half of compiling is won back at every size measured
 
 POSITIVE = set(
@@ -1180,6 +1204,9 @@ def check_settings(args: Any):
     for name, most in (("seed", 2**32 - 1), ("collect_seed", 2**32 - 1), ("num_threads", os.cpu_count())):
         if getattr(args, name) > most:
             raise UserError(f"{flag_of(name)} must be at most {most} here, not {getattr(args, name)}")
+    for name in ("bc_steps", "offline_steps", "online_steps"):
+        if getattr(args, name, 0) > MOST_STEPS:
+            raise UserError(f"{flag_of(name)} must be at most {MOST_STEPS:,}, not {getattr(args, name)}")
     if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
     if getattr(args, "online_steps", 0) and args.learning_starts >= args.online_steps:
@@ -1211,13 +1238,15 @@ def quiet_cli(args_class: type, default: Any) -> Any:
 
 RESUME_MAY_CHANGE = set(
     "run_dir resume dataset_path dataset_dir offline_steps online_steps learning_starts utd_ratio balanced_sampling "
-    "device num_threads compile capture_video track".split()
+    "kl_budget_online device num_threads compile capture_video track".split()
 )
 EVALUATION_MAY_CHANGE = set(
     "eval_only checkpoint eval_episodes seed best_of_n device num_threads compile capture_video run_dir resume".split()
 )
 OF_ONE_SITTING = set("run_dir resume eval_only checkpoint device num_threads compile capture_video track".split())
-CHECKPOINT_DECIDES = set("bc_checkpoint bc_steps chunk_length hidden_dims actor_layer_norm num_critics".split())
+CHECKPOINT_DECIDES = set(
+    "env_id sparse_reward bc_checkpoint bc_steps chunk_length hidden_dims actor_layer_norm num_critics".split()
+)
 
 
 def parse_args(
@@ -1303,7 +1332,7 @@ def run_script(
         of_memory = MemoryError, torch.OutOfMemoryError  # on the CPU torch raises a plain RuntimeError
         if not isinstance(error, of_memory) and "can't allocate memory" not in str(error):
             raise
-        sys.exit("error: out of memory; use smaller --hidden-dims or --batch-size, or less data")
+        sys.exit("error: out of memory; use smaller --hidden-dims, --batch-size or --online-steps, or less data")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -1389,7 +1418,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        for part in (self.bar, self.evaluator, self.writer, self.lock):
+        if self.evaluator:
+            self.evaluator.close(at_once=kind is not None)
+        for part in (self.bar, self.writer, self.lock):
             if part:
                 part.close()
         self.restore_signals()
@@ -1429,6 +1460,9 @@ class Run:
         done = self.checkpoint["step"] if self.checkpoint else 0
         if config.exists():
             self.config = json.loads(config.read_text())
+            started = self.config.get("started_from")
+            if started and not self.resumes and started["sha256"] != file_hash(Path(self.args.checkpoint)):
+                raise UserError(f"--resume: {self.args.checkpoint} has changed since the run began from it; start anew")
             self.record(args=settings, resumed=[*self.config.get("resumed", []), dict(step=done, **sitting)])
         else:
             if self.checkpoint:
@@ -1450,7 +1484,7 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(self.path), purge_step=done + 1 if self.args.resume else None)
-        if not self.checkpoint:
+        if not self.resumes:
             table = "\n".join(f"|{key}|{value}|" for key, value in settings.items())
             self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
 
@@ -1485,6 +1519,7 @@ class Run:
             rotating=self.checkpoint["dataset"].get("rotating") if self.resumes else None,
             drawn=self.checkpoint["step"] if self.resumes else 0,
         )
+        dataset.make_room(getattr(args, "online_steps", 0))
         if args.batch_size > dataset.size:
             raise UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
         began = self.checkpoint["dataset"] if self.resumes else origin
@@ -1652,7 +1687,7 @@ class Run:
         moves = any(row.get("trust_region/lambda") for row in train)
         figure = Figure(figsize=(13, 3.6), layout="constrained")
         success, kl, *lam = axes = figure.subplots(1, 2 + moves)
-        online_from = max((int(row["step"]) for row in evals if row["stage"] == "offline"), default=0)
+        online_from = self.args.offline_steps
         steps_of = lambda rows: [int(row["step"]) + online_from * (row["stage"] == "online") for row in rows]
         x = [0] * len(prior) + steps_of(evals)
         y, e = (np.array([float(row[key]) for row in prior + evals]) for key in ("success", "success_stderr"))
@@ -1692,6 +1727,7 @@ class Run:
 
     def finish(self, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         """Film the last evaluation, if asked for, and print what the run came to."""
+        self.restore_signals()
         self.bar.close()
         if self.args.capture_video:
             if self.evaluator is None:  # resumed after its last evaluation

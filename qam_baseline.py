@@ -560,9 +560,9 @@ def main(args: Args):
             agent.start_from_clone()
         return common.evaluate_checkpoint(args, agent.noise_dim, policy)
 
-    updates = args.offline_steps + args.utd_ratio * args.online_steps
-    args = replace(args, compile=common.choose_compile(args.compile, device, updates))
     run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)
+    fine_tuning = args.offline_steps + args.utd_ratio * args.online_steps
+    args = run.args = replace(args, compile=common.choose_compile(args.compile, device, fine_tuning))
     if args.bc_checkpoint and not run.checkpoint:
         prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
         agent.actor_slow.load_state_dict(prior["actor_slow"])
@@ -571,7 +571,6 @@ def main(args: Args):
         known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
         print(f"preset {args.preset}; {domain}: {known}; flags win over both")
         dataset = run.load_dataset()
-        dataset.make_room(args.online_steps)
         environment = common.OnlineEnvironment(args.env_id, args.seed)
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -588,8 +587,9 @@ def main(args: Args):
         trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
         online_updates = args.utd_ratio * max(0, total_steps - max(step, offline_end + args.learning_starts))
-        updates = max(0, offline_end - max(step, bc_steps)) + online_updates
-        run.announce("fine-tuning", updates, lambda: train_step(*trial, "offline", args))
+        updates_left = max(0, offline_end - max(step, bc_steps)) + online_updates
+        run.announce("fine-tuning", updates_left, lambda: train_step(*trial, "offline", args))
+        twin = trial = None
 
         run.begin(step, total_steps)
         if step == bc_steps == 0:

@@ -488,9 +488,9 @@ def main(args: Args):
             agent.start_from_clone()
         return common.evaluate_checkpoint(args, agent.noise_dim, policy)
 
-    updates = args.offline_steps
-    args = replace(args, compile=common.choose_compile(args.compile, device, updates))
     run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)
+    fine_tuning = args.offline_steps
+    args = run.args = replace(args, compile=common.choose_compile(args.compile, device, fine_tuning))
     if args.bc_checkpoint and not run.checkpoint:
         prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
         agent.actor_slow.load_state_dict(prior["actor_slow"])
@@ -512,6 +512,7 @@ def main(args: Args):
         trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
         run.announce("fine-tuning", total_steps - max(step, bc_steps), lambda: train_step(*trial, "offline", args))
+        twin = trial = None
 
         run.begin(step, total_steps)
         if step == bc_steps == 0:

@@ -9,7 +9,8 @@ Q without leaving what the prior knows, first on a dataset, then in the environm
 3. regress the velocity onto what this adjoint asks for: no gradient runs through the sampler    adjoint_matching_loss
 4. measure how far the paths have moved from the prior's, as a path-space KL                     path_kl
 5. move the temperature lambda so that this KL stays at its budget                               dual_descent
-6. online, act with the copy: each environment step adds a transition, then come its updates     online_step
+6. online, act with the copy: each environment step adds a transition,                           online_step
+   and is followed by updates                                                                    train_step, main
 
     python trqam_online.py quick                                        # a small task on a laptop: all stages
     python trqam_online.py --checkpoint runs/NAME/checkpoint.pt         # go online from a run of trqam_offline.py
@@ -160,7 +161,7 @@ DOMAINS = {  # what differs from the defaults above; every flag given on the com
 }
 QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
-    bc_steps=8_000, offline_steps=2_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
+    bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
     learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
     kl_budget=0.2, online_steps=4_000, learning_starts=500, balanced_sampling=True,
 )  # fmt: skip
@@ -519,9 +520,9 @@ def main(args: Args):
             agent.start_from_clone()
         return common.evaluate_checkpoint(args, agent.noise_dim, policy)
 
-    updates = args.offline_steps + args.utd_ratio * args.online_steps
-    args = replace(args, compile=common.choose_compile(args.compile, device, updates))
     run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device, STARTS_FROM)
+    fine_tuning = args.offline_steps + args.utd_ratio * args.online_steps
+    args = run.args = replace(args, compile=common.choose_compile(args.compile, device, fine_tuning))
     if args.bc_checkpoint and not run.checkpoint:
         prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
         agent.actor_slow.load_state_dict(prior["actor_slow"])
@@ -530,7 +531,6 @@ def main(args: Args):
         known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
         print(f"preset {args.preset}; {domain}: {known}; flags win over both")
         dataset = run.load_dataset()
-        dataset.make_room(args.online_steps)
         environment = common.OnlineEnvironment(args.env_id, args.seed)
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -549,8 +549,9 @@ def main(args: Args):
         trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)
         run.announce("bc", bc_steps - step, lambda: train_step(*trial, "bc", args))
         online_updates = args.utd_ratio * max(0, total_steps - max(step, offline_end + args.learning_starts))
-        updates = max(0, offline_end - max(step, bc_steps)) + online_updates
-        run.announce("fine-tuning", updates, lambda: train_step(*trial, "offline", args))
+        updates_left = max(0, offline_end - max(step, bc_steps)) + online_updates
+        run.announce("fine-tuning", updates_left, lambda: train_step(*trial, "offline", args))
+        twin = trial = None
 
         run.begin(step, total_steps)
         if step >= bc_steps and not run.rows["eval.csv"]:

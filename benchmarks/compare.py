@@ -26,7 +26,8 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 
 # Settings in which runs of one method may differ: the others make them another method.
 MAY_DIFFER = set(
     "seed run_dir resume device num_threads dataset_path dataset_dir collect_seed bc_checkpoint bc_steps eval_only "
-    "checkpoint eval_interval log_interval checkpoint_interval capture_video track online_steps".split()
+    "checkpoint eval_interval log_interval checkpoint_interval capture_video track online_steps compile "
+    "max_data_gb".split()
 )
 
 
@@ -41,7 +42,7 @@ class Args:
 def method_of(config: dict) -> str:
     """What a run's curve is called."""
     args = config["args"]
-    online = ", then online" if args.get("online_steps") else ""
+    online = (", then online" if args["offline_steps"] else ", online") if args.get("online_steps") else ""
     if config["script"].startswith("trqam"):
         return f"TRQAM, budget {args['kl_budget']:g}{online}"
     name = f"QAM-E, edit {args['edit_scale']:g}" if args["edit_scale"] else "QAM"

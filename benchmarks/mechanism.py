@@ -209,7 +209,8 @@ def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
         contextlib.redirect_stderr(log),
     ):
         try:
-            common.run_script(script.main, script.Args, script.settings, script.SCRIPT)
+            starts_from = getattr(script, "STARTS_FROM", None)
+            common.run_script(script.main, script.Args, script.settings, script.SCRIPT, starts_from)
         except SystemExit as stop:
             return str(stop.code)
         except Exception as error:

@@ -1,10 +1,11 @@
-"""From offline to online: TRQAM, TRQAM from a cloned policy alone, and QAM, on the quick preset's task.
+"""From offline to online: TRQAM at its budget and at a larger one, from a cloned policy alone, and QAM.
 
     python benchmarks/online.py               # one seed
     python benchmarks/online.py --seeds 3     # the committed figure
 
-All runs are runs of the scripts with their presets, from one cloned policy per seed; QAM's inverse temperature is the
-best of those tried in mechanism.py. Finished runs are kept in --runs-dir and reused; one that was stopped is resumed.
+All runs are runs of the scripts with their quick presets, from one cloned policy per seed; QAM's inverse temperature
+is the best of those tried in mechanism.py. Finished runs are kept in --runs-dir and reused; one that was stopped is
+resumed.
 """
 
 import concurrent.futures
@@ -25,25 +26,19 @@ from mechanism import Setting, read, train
 
 import common
 
-TEMPERATURE = 3.0
-OFFLINE = Setting("trqam-offline", "TRQAM, offline", "trqam_offline", [])  # where the others start, by flag and file
-STUDY = [
-    (Setting("trqam-online", "TRQAM, offline then online", "trqam_online", []), "--checkpoint", "checkpoint.pt"),
+TEMPERATURE, ONLINE_BUDGET = 3.0, 1.0
+OFFLINE = Setting("trqam-offline", "TRQAM, offline", "trqam_offline", [])  # whose files the others start from
+TRQAM, QAM = "trqam_online", "qam_baseline"
+BUDGET, TAU = ["--kl-budget-online", str(ONLINE_BUDGET)], ["--inverse-temperature", str(TEMPERATURE)]
+STUDY = [  # setting, flag that takes the file of an offline run from which it starts, and that file
+    (Setting("trqam-online", "TRQAM", TRQAM, []), "--checkpoint", "checkpoint.pt"),
     (
-        Setting("clone-online", "TRQAM, online from the clone", "trqam_online", []),
-        "--bc-checkpoint",
-        "bc_checkpoint.pt",
+        Setting(f"trqam-online-{ONLINE_BUDGET}", f"TRQAM, budget {ONLINE_BUDGET} online", TRQAM, BUDGET),
+        "--checkpoint",
+        "checkpoint.pt",
     ),
-    (
-        Setting(
-            "qam",
-            f"QAM, τ = {TEMPERATURE:g}, offline then online",
-            "qam_baseline",
-            ["--inverse-temperature", str(TEMPERATURE)],
-        ),
-        "--bc-checkpoint",
-        "bc_checkpoint.pt",
-    ),
+    (Setting("clone-online", "TRQAM, from the clone alone", TRQAM, []), "--bc-checkpoint", "bc_checkpoint.pt"),
+    (Setting("qam", f"QAM, τ = {TEMPERATURE:g}", QAM, TAU), "--bc-checkpoint", "bc_checkpoint.pt"),
 ]
 
 
@@ -51,7 +46,7 @@ STUDY = [
 class Args:
     seeds: int = 1
     """seeds 0 ... seeds - 1 of every setting"""
-    online_steps: int = 4_000
+    online_steps: int = 8_000
     """environment steps of each run"""
     runs_dir: str = "runs/online"
     """folder of the runs; finished ones in it are reused"""
@@ -62,9 +57,13 @@ class Args:
 
 
 def finished(run: Path, stage: str, steps: int | None) -> bool:
-    """Whether a run has been evaluated at the end of a stage, of so many steps."""
+    """Whether a run has been evaluated at the end of a stage. Raises UserError where that has not so many steps."""
+    if not (run / "config.json").exists():
+        return False
+    end = json.loads((run / "config.json").read_text())["args"][f"{stage}_steps"]
+    if steps not in (None, end):
+        raise common.UserError(f"{run} was made with {end} {stage} steps, not {steps}; name another --runs-dir")
     rows = read(run / "eval.csv") if (run / "eval.csv").exists() else []
-    end = steps or (rows and json.loads((run / "config.json").read_text())["args"]["offline_steps"])
     return any(row["stage"] == stage and int(row["step"]) == end for row in rows)
 
 
@@ -93,6 +92,12 @@ def train_all(args: Args):
                 print(f"finished {tasks[task]}", flush=True)
 
 
+def commits_of(config: dict[str, Any]) -> str:
+    """Of all sittings of a run, in order."""
+    sittings = [config, *config.get("resumed", [])]
+    return " ".join(dict.fromkeys(str(sitting["git_commit"] or "unknown") for sitting in sittings))
+
+
 def summarise(args: Args) -> list[dict[str, Any]]:
     """Each evaluation of each run, with the trust region's mean over the steps since the one before, and its speed."""
     found = []
@@ -112,29 +117,34 @@ def summarise(args: Args) -> list[dict[str, Any]]:
                 new |= {key: float(row[key]) for key in ("success", "success_stderr")}
                 new |= {key: mean(f"trust_region/{key}") for key in ("path_kl", "kl_budget", "lambda")}
                 new |= {key: mean(f"charts/{key}") for key in ("environment_SPS", "update_SPS")}
-                new |= dict(dataset_sha256=config["dataset"]["sha256"], commit=config["git_commit"])
+                new |= dict(dataset_sha256=config["dataset"]["sha256"], commits=commits_of(config))
                 found.append(new | dict(cpu=config["hardware"]["cpu"], torch=config["versions"]["torch"]))
     return found
 
 
-def over_seeds(values: list[float]) -> str:
-    """Mean ± standard error."""
+def over_seeds(rows: list[dict[str, Any]], key: str) -> str:
+    """Mean of each seed's mean ± standard error over seeds; empty where there are no rows."""
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+    values = [np.mean([row[key] for row in rows if row["seed"] == seed]) for seed in seeds]
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{error}"
+    return f"{np.mean(values):.2f}{error}" if values else ""
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
-    """Success of each setting at each stage's end, and at equal environment steps, as markdown."""
-    steps = sorted({row["step"] for row in rows if row["stage"] == "online"})
-    heads = ["cloned", "before going online", *(f"{step:,} steps online" for step in steps), "path KL, last"]
+    """Success of each setting at each stage's end, at equal environment steps, and over the last half, as markdown."""
+    every = sorted({row["step"] for row in rows if row["stage"] == "online"})
+    steps = every[:: -max(1, len(every) // 4)][::-1]
+    late = [step for step in every if step > every[-1] / 2]
+    heads = ["cloned", "before going online", *(f"{step:,} steps online" for step in steps)]
+    heads += [f"mean of {len(late)}, after {every[-1] // 2:,}", "path KL, last"]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for label in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == label]
         offline = max((row["step"] for row in mine if row["stage"] == "offline"), default=None)
-        at = lambda stage, step=None: [r for r in mine if r["stage"] == stage and step in (None, r["step"])]
-        groups = [at("bc"), at("offline", offline) if offline else [], *(at("online", step) for step in steps)]
-        cells = [over_seeds([row["success"] for row in group]) if group else "" for group in groups]
-        cells.append(over_seeds([row["path_kl"] for row in at("online", steps[-1])]))
+        at = lambda stage, *steps: [row for row in mine if row["stage"] == stage and row["step"] in steps]
+        groups = [[row for row in mine if row["stage"] == "bc"], at("offline", offline)]
+        groups += [at("online", step) for step in steps] + [at("online", *late)]
+        cells = [over_seeds(group, "success") for group in groups] + [over_seeds(at("online", every[-1]), "path_kl")]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -145,10 +155,10 @@ def describe(args: Args) -> str:
     hardware, settings = config["hardware"], config["args"]
     return (
         f"{settings['env_id']}, {args.seeds} seed{'s' * (args.seeds > 1)}, evaluations of {settings['eval_episodes']} "
-        f"episodes; online: batches {'half' if settings['balanced_sampling'] else 'not'} of what was collected, "
+        f"episodes; online: batches {'half of what was collected' if settings['balanced_sampling'] else 'uniform'}, "
         f"{settings['utd_ratio']} update a step after {settings['learning_starts']}\n"
         f"{common.describe_dataset(config['dataset'])}\n{hardware['cores']} cores of {hardware['cpu']}, "
-        f"torch {config['versions']['torch']}, commit {config['git_commit'] or 'unknown'}"
+        f"torch {config['versions']['torch']}, commits {commits_of(config)}"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 import common
 import qam_baseline
+import trqam_online
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import compare
@@ -182,6 +183,8 @@ def test_the_online_study_says_what_its_runs_say(tmp_path):
     args = online.Args(seeds=2, online_steps=600, runs_dir=str(tmp_path), output=str(tmp_path))
     made = dict(hardware=dict(cores=2, cpu="a processor"), versions=dict(torch="2"), git_commit="abc")
     kept = dict(eval_episodes=50, balanced_sampling=True, utd_ratio=1, learning_starts=100, kl_budget=0.5)
+    kept |= dict(online_steps=600)
+    made |= dict(resumed=[dict(git_commit="abc"), dict(git_commit="def")])
     for seed in range(2):
         for setting, flag, _ in online.STUDY:
             offline = [] if "clone" in setting.name else [("offline", 200_000, 0.3)]
@@ -195,17 +198,19 @@ def test_the_online_study_says_what_its_runs_say(tmp_path):
                 table.writerow(["offline", 200_000, 9.0, 2.0, "", ""])
                 for step in (100, 200, 300, 400, 500, 600):  # only collecting at first, so nothing is known of the KL
                     table.writerow(["online", step, *((step / 100, 3.0) if step > 100 else ("", "")), 800.0, 15.0])
-            assert online.finished(run, "online", 600) and not online.finished(run, "online", 700)
+            assert online.finished(run, "online", 600)
+            with pytest.raises(common.UserError, match="600 online steps, not 700"):
+                online.finished(run, "online", 700)
     assert not online.finished(tmp_path / "missing", "offline", None)
     rows = online.summarise(args)
     assert [(row["step"], row["path_kl"]) for row in rows[-2:]] == [(300, 2.5), (600, 5.0)]
-    assert rows[-1]["environment_SPS"] == 800 and rows[-1]["commit"] == "abc"
+    assert rows[-1]["environment_SPS"] == 800 and rows[-1]["commits"] == "abc def"
     table = online.as_table(rows)
-    assert "| | cloned | before going online | 300 steps online | 600 steps online | path KL, last |" in table
-    assert (
-        "| TRQAM, offline then online | 0.10 ± 0.00 | 0.30 ± 0.00 | 0.50 ± 0.00 | 0.80 ± 0.10 | 5.00 ± 0.00 |" in table
-    )
-    assert "| TRQAM, online from the clone | 0.10 ± 0.00 |  | 0.50 ± 0.00 | 0.80 ± 0.10 | 5.00 ± 0.00 |" in table
+    heads = "cloned | before going online | 300 steps online | 600 steps online | mean of 1, after 300 | path KL, last"
+    cells = "0.50 ± 0.00 | 0.80 ± 0.10 | 0.80 ± 0.10 | 5.00 ± 0.00 |"
+    assert f"| | {heads} |" in table
+    assert f"| TRQAM | 0.10 ± 0.00 | 0.30 ± 0.00 | {cells}" in table
+    assert f"| TRQAM, from the clone alone | 0.10 ± 0.00 |  | {cells}" in table
     (tmp_path / "trqam-online-seed0" / "config.json").write_text(
         json.dumps(json.loads((tmp_path / "trqam-online-seed0" / "config.json").read_text())
         | dict(dataset=dict(origin="path", sha256="0" * 64, files=["a.npz"], dataset="cube", transitions=9)))
@@ -214,3 +219,13 @@ def test_the_online_study_says_what_its_runs_say(tmp_path):
     success, kl, lam = figure.axes
     assert list(success.lines[0].get_xdata()) == [-200_000, 0, 300, 600]
     assert {line.get_label() for line in kl.lines} >= {setting.label for setting, *_ in online.STUDY} | {"budget"}
+
+
+def test_a_study_starts_its_runs_as_the_command_line_does(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(common, "run_script", lambda *words: started.append((*words, sys.argv)))
+    monkeypatch.setattr(sys, "argv", [])
+    assert mechanism.train(online.STUDY[0][0], 3, tmp_path / "run", ["--checkpoint", "x.pt"]) == ""
+    script, words = trqam_online, ["--checkpoint", "x.pt", "--seed", "3", "--run-dir", str(tmp_path / "run")]
+    expected = script.main, script.Args, script.settings, "trqam_online", "trqam_offline", ["trqam_online.py", *words]
+    assert started == [expected]

@@ -131,7 +131,7 @@ def test_balanced_batches_are_half_of_each_part():
     assert 30 < (uniform > 50).sum() < 110  # 3 starts of 52
 
 
-def test_a_played_again_episode_is_the_same():
+def test_a_played_again_episode_is_the_same(capsys):
     env_id = "pointmaze-medium-navigate-singletask-task1-v0"
     first, second = (common.OnlineEnvironment(env_id, seed) for seed in (3, 3))
     actions = np.random.default_rng(0).uniform(-1, 1, (30, 2)).astype(np.float32)
@@ -142,6 +142,12 @@ def test_a_played_again_episode_is_the_same():
         ours, theirs = first.step(action), second.step(action)
         assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
     assert not np.array_equal(first.observation, common.OnlineEnvironment(env_id, 4).observation)
+    first.chunk = np.ones((2, 2), np.float32)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    assert len(second.chunk) == 2 and "note" not in capsys.readouterr().out
+    second.load_state_dict(state | {"observation": state["observation"] + 1e-9})  # as another processor might play it
+    assert len(second.chunk) == 0 and "plays the running episode otherwise" in capsys.readouterr().out
 
 
 def towards_the_goal(base):

@@ -31,6 +31,7 @@ TINY = (
     "--bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 --log-interval 3 --checkpoint-interval 5 "
     "--num-threads 1"
 ).split()
+TINY_SIZES = dict(env_id=ENV, bc_steps=12, chunk_length=4, hidden_dims=[16, 16])  # as a checkpoint holds them
 TINY_FOR = {script: TINY for script in SCRIPTS}
 TINY_FOR["trqam_online"] = [*TINY, *"--online-steps 9 --learning-starts 2".split()]
 
@@ -156,6 +157,7 @@ def test_a_run_on_shards_that_take_turns_resumes(dataset, tmp_path, monkeypatch)
     assert json.loads(Path("whole/config.json").read_text())["dataset"]["rotating"]
     online = ["--online-steps", 9, "--learning-starts", 4]
     assert "--max-data-gb" in start("trqam_online", monkeypatch, *flags, *online, "--run-dir", "online")
+    assert not Path("online").exists()
 
 
 def test_going_online_later_is_the_same_as_at_once(dataset, tmp_path, monkeypatch):
@@ -196,6 +198,16 @@ def test_trqam_goes_online_from_an_offline_checkpoint_as_in_one_run(dataset, tmp
         for stage in ("offline", "online")
     }
     assert budgets == {"offline": {"0.8"}, "online": {"", "0.3"}}  # none while only collecting
+
+    # Its start must not change before it has a checkpoint of its own.
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "begin", lambda *_: sys.exit("stopped"))
+        assert start("trqam_online", patch, *go[:2], "--run-dir", "changed", *online) == "stopped"
+    other = Path("offline/checkpoint.pt").read_bytes()
+    torch.save({**offline, "seconds": 0.0}, "offline/checkpoint.pt")
+    said = start("trqam_online", monkeypatch, "--run-dir", "changed", "--resume")
+    assert "offline/checkpoint.pt has changed since the run began from it" in said
+    Path("offline/checkpoint.pt").write_bytes(other)
 
     # A shorter offline stage than was done cannot be asked for; another learning rate can.
     said = start("trqam_online", monkeypatch, *go[:2], "--run-dir", "fewer", *online, "--offline-steps", 9)
@@ -522,6 +534,7 @@ BAD_ONLINE = {  # for scripts with an online stage
         lambda t, d: ["--online-steps", 9, "--learning-starts", 3, "--balanced-sampling"],
         ["--learning-starts 3", "--balanced-sampling", "4"],
     ),
+    "endless": (lambda t, d: ["--online-steps", 10**18], ["--online-steps", "at most 1,000,000,000"]),
     "no ratio": (lambda t, d: ["--utd-ratio", 0], ["--utd-ratio", "greater than 0"]),
     "half a ratio": (lambda t, d: ["--utd-ratio", 0.5], ["--utd-ratio", "0.5"]),
 }
@@ -548,8 +561,12 @@ BAD_FOR = {
             lambda t, d: ["--checkpoint", of_trqam(t)],
             ["--checkpoint", "lacks", "damaged"],
         ),
+        "a checkpoint of another task": (
+            lambda t, d: ["--checkpoint", of_trqam(t, env_id=ENV.replace("task1", "task2"))],
+            ["--checkpoint", "has --env-id", "task2", "task1"],
+        ),
         "a checkpoint of other sizes": (
-            lambda t, d: ["--checkpoint", of_trqam(t, num_critics=3)],
+            lambda t, d: ["--checkpoint", of_trqam(t, **TINY_SIZES, num_critics=3)],
             ["--checkpoint", "has --num-critics 3, which 2 cannot replace"],
         ),
     },

@@ -11,15 +11,12 @@ REFERENCE = {"trqam_online": "trqam_offline", "qam_baseline": "trqam_online"}  #
 DIFFERS = {  # script -> definition that differs -> its lines that only the reference has: all others stand there too
     "trqam_online": {
         "Args": {"bc_checkpoint", "checkpoint"},  # fields that differ, or that only the reference has
-        "QUICK": {
-            "bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,",
-            "kl_budget=0.2,",
-        },
+        "QUICK": {"kl_budget=0.2,"},
         "settings": {'return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}'},
         "train_step": {"batch = dataset.sample(args.batch_size, generator)"},
         "main": {
             "total_steps = bc_steps + args.offline_steps",
-            "updates = args.offline_steps",
+            "fine_tuning = args.offline_steps",
             "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)",
             "step = 0  # updates done, over both stages",
             'optimizer.load_state_dict(run.checkpoint["optimizer"])',
