@@ -17,10 +17,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing.forkserver
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -1093,12 +1095,97 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]):
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
+class ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of plain containers and NumPy or JAX arrays. Raises UnpicklingError, with its name, for any other
+    global: nothing that a file names is ever called."""
+
+    @staticmethod
+    def empty_array(kind, shape, code) -> np.ndarray:
+        """An array of no size, which its pickled state then fills."""
+        if kind != "ndarray" or shape != (0,):
+            raise pickle.UnpicklingError("an array that is not a plain one")
+        return np.empty(0, dtype=np.uint8)
+
+    @staticmethod
+    def jax_array(function, arguments, state, _) -> np.ndarray:
+        """A JAX array, which is pickled as a NumPy array's three parts and something about its type."""
+        array = ArraysOnly.empty_array(*arguments)
+        array.__setstate__(state)
+        return array
+
+    @staticmethod
+    def dtype(code, *_) -> np.dtype:
+        """A type of plain numbers."""
+        found = np.dtype(code, copy=True) if isinstance(code, str) else None  # its state is set next
+        if found is None or found.kind not in "fiub":
+            raise pickle.UnpicklingError(f"an array of type {code!r}")
+        return found
+
+    def find_class(self, module: str, name: str) -> Any:
+        admitted = {
+            "numpy.core.multiarray._reconstruct": self.empty_array,
+            "numpy._core.multiarray._reconstruct": self.empty_array,
+            "numpy.ndarray": "ndarray",
+            "numpy.dtype": self.dtype,
+            "jax._src.array._reconstruct_array": self.jax_array,
+            "collections.OrderedDict": dict,
+            "flax.core.frozen_dict.FrozenDict": dict,
+        }
+        if f"{module}.{name}" not in admitted:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of arrays needs")
+        return admitted[f"{module}.{name}"]
+
+
+def load_flax_actor(path: Path, flag: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The cloned policy of one of the authors' own checkpoints (params_300000.pkl), as `load_checkpoint` gives ours.
+
+    Its domain is not in it, and is taken to be the right one. Raises UserError where it holds anything but arrays, or
+    no policy of these sizes.
+    """
+    try:
+        with open(path, "rb") as file:
+            tree = ArraysOnly(file).load()
+        for key in ("agent", "network", "params", "modules_actor_slow", "mlp"):
+            tree = tree[key]
+        layers = {"Dense": ("kernel", "bias"), "LayerNorm": ("scale", "bias")}
+        count = {kind: sum(name.startswith(f"{kind}_") for name in tree) for kind in layers}
+        found = [tree[f"Dense_{i}"]["kernel"].shape for i in range(count["Dense"])]
+        chunk_dim = sizes["chunk_length"] * sizes["action_dim"]
+        widths = [sizes["observation_dim"] + chunk_dim + 1, *sizes["hidden_dims"], chunk_dim]
+        if found != list(itertools.pairwise(widths)) or bool(count["LayerNorm"]) != sizes["actor_layer_norm"]:
+            norm = "with" if count["LayerNorm"] else "without"
+            raise UserError(
+                f"{flag}: {path} holds a policy of layers {found} {norm} LayerNorm, which this run's is not"
+            )
+        state, position = {}, 0
+        for i in range(count["Dense"]):  # Linear, GELU and LayerNorm, where there is one, follow each other in `net`
+            for kind in layers if i < count["LayerNorm"] else ["Dense"]:
+                weight, bias = (
+                    torch.from_numpy(np.array(tree[f"{kind}_{i}"][key], np.float32)) for key in layers[kind]
+                )
+                state |= {f"net.{position}.weight": weight.T.contiguous() if kind == "Dense" else weight}
+                state |= {f"net.{position}.bias": bias}
+                position += 2 if kind == "Dense" else 1
+        if not all(torch.isfinite(value).all() for value in state.values()):
+            raise UserError(f"{flag}: {path} holds numbers that are not finite; use another")
+        return dict(kind="bc", sizes=sizes, actor_slow=state)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile file can raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{flag}: {path} is not ours, and cannot be read as one of the authors' ({reason[:120]}); use another"
+        ) from error
+
+
 def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a checkpoint as plain data and tensors, on the CPU.
 
     kind: the program that must have written it, or "bc". sizes: what its sizes, and domain, must be.
     Raises UserError, naming `flag` and both sides, where it cannot be read or is another one.
     """
+    if kind == "bc" and Path(path).suffix == ".pkl" and Path(path).is_file():
+        return load_flax_actor(Path(path), flag, sizes)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

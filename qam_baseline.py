@@ -68,7 +68,7 @@ class Args:
     collect_seed: int = 0
     """seed of the collected dataset"""
     bc_checkpoint: str = ""
-    """a bc_checkpoint.pt of the same domain; skips the behaviour-cloning stage"""
+    """a bc_checkpoint.pt of the same domain, or the authors' params_*.pkl; skips the behaviour-cloning stage"""
     eval_only: bool = False
     """evaluate --checkpoint (and film it, with --capture-video) instead of training"""
     checkpoint: str = ""

@@ -71,7 +71,7 @@ class Args:
     collect_seed: int = 0
     """seed of the collected dataset"""
     bc_checkpoint: str = ""
-    """a bc_checkpoint.pt of the same domain; skips behaviour cloning, and offline too, without --offline-steps"""
+    """a bc_checkpoint.pt, or the authors' params_*.pkl; skips behaviour cloning, and offline too, if not asked for"""
     eval_only: bool = False
     """evaluate --checkpoint (and film it, with --capture-video) instead of training"""
     checkpoint: str = ""

@@ -4,10 +4,12 @@ import csv
 import errno
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 from pathlib import Path
 
@@ -431,6 +433,91 @@ def of_trqam(tmp_path, **args):
     parts = "optimizer generator step rows device seconds dataset".split() if args else []
     torch.save(dict(kind="trqam_offline", sizes={}, args=args, agent={}, **dict.fromkeys(parts)), tmp_path / "trqam.pt")
     return tmp_path / "trqam.pt"
+
+
+def flax_actor(actor, wrap=lambda array: array):
+    """A velocity field as the authors' checkpoints nest it: kernels [in, out], one dictionary a layer."""
+    mlp, arrays = {}, lambda layer: (layer.weight.detach().numpy(), wrap(layer.bias.detach().numpy()))
+    linear = [layer for layer in actor.net if isinstance(layer, torch.nn.Linear)]
+    for i, (weight, bias) in enumerate(map(arrays, linear)):
+        mlp[f"Dense_{i}"] = dict(kernel=wrap(weight.T.copy()), bias=bias)
+    for i, layer in enumerate(layer for layer in actor.net if isinstance(layer, torch.nn.LayerNorm)):
+        mlp[f"LayerNorm_{i}"] = dict(scale=wrap(layer.weight.detach().numpy()), bias=wrap(layer.bias.detach().numpy()))
+    others = dict(modules_critic={}, modules_actor_slow=dict(mlp=mlp))
+    return dict(agent=dict(rng=np.zeros(2, np.uint32), network=dict(step=300_000, params=others)))
+
+
+class JaxArray:
+    """Pickles as jax.Array does."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __reduce__(self):
+        return jax_array._reconstruct_array, (*self.array.__reduce__(), dict(weak_type=False))
+
+
+jax_array = types.ModuleType("jax._src.array")
+jax_array._reconstruct_array = lambda *parts: None
+jax_array._reconstruct_array.__module__, jax_array._reconstruct_array.__qualname__ = (
+    "jax._src.array",
+    "_reconstruct_array",
+)
+
+
+@pytest.mark.parametrize("wrap", [lambda array: array, JaxArray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_the_authors_cloned_policies_are_read(wrap, layer_norm, tmp_path, monkeypatch):
+    for name, module in {"jax": None, "jax._src": None, "jax._src.array": jax_array}.items():
+        monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
+    actor = trqam_offline.VelocityField(2, 8, (16, 24), layer_norm)
+    for parameter in actor.parameters():
+        torch.nn.init.normal_(parameter)
+    (tmp_path / "params_300000.pkl").write_bytes(pickle.dumps(flax_actor(actor, wrap), protocol=4))
+    sizes = dict(domain="x", observation_dim=2, action_dim=2, chunk_length=4, hidden_dims=(16, 24))
+    sizes["actor_layer_norm"] = layer_norm
+    monkeypatch.delitem(sys.modules, "jax")  # reading needs none of it
+    found = common.load_checkpoint(tmp_path / "params_300000.pkl", "bc", "--bc-checkpoint", sizes)["actor_slow"]
+    copy = trqam_offline.VelocityField(2, 8, (16, 24), layer_norm)
+    copy.load_state_dict(found)
+    s, x = torch.randn(5, 2), torch.randn(5, 8)
+    assert torch.equal(copy(s, x, 0.3), actor(s, x, 0.3))
+    for other in (dict(hidden_dims=(24, 16)), dict(actor_layer_norm=not layer_norm), dict(chunk_length=5)):
+        with pytest.raises(common.UserError, match="holds a policy of layers"):
+            common.load_checkpoint(tmp_path / "params_300000.pkl", "bc", "--bc-checkpoint", sizes | other)
+
+
+def test_a_run_starts_from_the_authors_cloned_policy(dataset, monkeypatch):
+    actor = trqam_offline.VelocityField(2, 8, (16, 16), False)
+    Path("params_1.pkl").write_bytes(pickle.dumps(flax_actor(actor)))
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 0]
+    assert start("trqam_offline", monkeypatch, *flags, "--bc-checkpoint", "params_1.pkl") is None
+
+
+class Hostile:
+    def __init__(self, function, *words):
+        self.parts = function, words
+
+    def __reduce__(self):
+        return self.parts
+
+
+@pytest.mark.parametrize("hostile, named", [
+    (Hostile(os.system, "touch harmed"), "posix.system"),
+    (dict(agent=[Hostile(eval, "open('harmed', 'w')")]), "builtins.eval"),
+    (Hostile(getattr, Path, "touch"), "builtins.getattr"),
+    (Hostile(np.load, "x.npy"), "numpy.load"),
+    (Hostile(np.ndarray, (3,)), "cannot be read"),
+    (np.array([Hostile(os.system, "touch harmed")], dtype=object), "an array of type 'O8'"),
+    (dict(agent=3), "cannot be read"),
+    ("text", "cannot be read"),
+])  # fmt: skip
+def test_a_hostile_or_foreign_pickle_runs_nothing(hostile, named, dataset, monkeypatch):
+    Path("params_1.pkl").write_bytes(pickle.dumps(hostile))
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--bc-checkpoint", "params_1.pkl"]
+    said = start("trqam_offline", monkeypatch, *flags)
+    assert "--bc-checkpoint: params_1.pkl" in said and named in said and "\n" not in said
+    assert [path.name for path in Path().iterdir()] == ["params_1.pkl"]
 
 
 def broken(tmp_path, dataset, **changes):
