@@ -45,9 +45,14 @@ def dataset(tmp_path_factory):
     return common.collect_dataset("pointmaze-medium-navigate-v0", 2, 0, str(folder))
 
 
+DRAW = common.Run.draw
+
+
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
+    """And without pictures, which take most of a tiny run's time."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.Run, "draw", lambda run: None)
 
 
 def start(script, monkeypatch, *words):
@@ -343,6 +348,7 @@ def test_a_first_signal_saves_and_stops_and_the_run_then_resumes(number, dataset
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common.Run, "draw", DRAW)
     flags = [*TINY_FOR[script], "--dataset-path", dataset]
     strength = [STRENGTH[script], 0.7]
     assert start(script, monkeypatch, *flags, "--run-dir", "first", *strength) is None
@@ -730,7 +736,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, 
     assert "checkpoint.pt is damaged" in said and "\n" not in said
     Path("run/checkpoint.pt").write_bytes(whole)
     other = next(other for other in SCRIPTS if other != script)
-    said = start(other, monkeypatch, *flags, "--resume")
+    said = start(other, monkeypatch, "--run-dir", "run", "--resume")
     assert f"is one of {script}.py, not of {other}.py" in said and "\n" not in said
     assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
 
