@@ -815,8 +815,8 @@ def load_dataset(
         return dataset
 
     if rotating is None:
-        most, sizes = max_data_gb * 2**30 or free_memory(device), [bytes_on_device(path) for path in files]
-        rotating = len(files) > 1 and sum(sizes) > most
+        most = max_data_gb * 2**30 or free_memory(device)
+        rotating = len(files) > 1 and sum(bytes_on_device(path) for path in files) > most
     shards = [[path] for path in files] if rotating else [files]
     transitions = episodes = solved = 0
     for shard in shards:  # each is read once before any work, so that a damaged one is found now
@@ -824,7 +824,11 @@ def load_dataset(
         dataset = load(shard)
         transitions, episodes = transitions + dataset.size, episodes + len(dataset.ends)
         solved += int((dataset.masks == 0).sum())
-    dataset = RotatingShards(files, lambda path: load([path]), device, drawn) if rotating else dataset.to(device)
+    if rotating:
+        dataset = RotatingShards(files, lambda path: load([path]), device, drawn)
+    else:
+        env.close()
+        dataset.to(device)
     hashes = [file_hash(path) for path in files]
     made = collection_of(files[0]) if len(files) == 1 else None
     if made and made["sha256"] == hashes[0]:
@@ -1650,9 +1654,8 @@ class Run:
         """Note a signal, and let the next one end the program at once."""
         self.stopping = number
         self.restore_signals()
-        os.write(
-            2, b"\nstopping after this step, or this evaluation; once more ends at once\n"
-        )  # may interrupt a print
+        # Not print, which the signal may have interrupted.
+        os.write(2, b"\nstopping after this step, or this evaluation; once more ends at once\n")
 
     def restore_signals(self):
         """Ctrl-C or SIGTERM end the program."""

@@ -219,6 +219,17 @@ def train(setting: Setting, seed: int, run: Path, flags: list[str]) -> str:
     return ""
 
 
+def train_together(pool: concurrent.futures.Executor, wave: list[tuple[Setting, int, Path, list[str]]]):
+    """`train` runs, given by its arguments, in the pool's processes. Raises UserError where one fails."""
+    tasks = {pool.submit(train, *arguments): arguments[2] for arguments in wave}
+    for task in concurrent.futures.as_completed(tasks):
+        run, said = tasks[task], task.result()
+        if said:
+            pool.shutdown(cancel_futures=True)
+            raise common.UserError(f"{run}: {said.removeprefix('error: ')} (log: {run}.log)")
+        print(f"finished {run}", flush=True)
+
+
 def train_all(args: Args, study: list[Setting]):
     """Train what is not there yet, `workers` runs at a time. Raises UserError where one fails."""
     runs = Path(args.runs_dir)
@@ -242,7 +253,7 @@ def train_all(args: Args, study: list[Setting]):
         args.workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
         for wave in waves:
-            tasks = {}
+            missing = []
             for setting, seed, flags in wave:
                 run = runs / f"{setting.name}-seed{seed}"
                 if finished(run, 0 if setting is prior else args.updates, args):
@@ -250,13 +261,8 @@ def train_all(args: Args, study: list[Setting]):
                 if setting.after:
                     lam = str(last_quarter(runs / f"{setting.after}-seed{seed}", "trust_region/lambda"))
                     flags = [*flags, "--eta-lambda", "0", "--lambda-min", lam, "--lambda-max", lam]
-                tasks[pool.submit(train, setting, seed, run, flags)] = run
-            for task in concurrent.futures.as_completed(tasks):
-                run, said = tasks[task], task.result()
-                if said:
-                    pool.shutdown(cancel_futures=True)
-                    raise common.UserError(f"{run}: {said.removeprefix('error: ')} (log: {run}.log)")
-                print(f"finished {run}", flush=True)
+                missing.append((setting, seed, run, flags))
+            train_together(pool, missing)
 
 
 COLUMNS = {  # of mechanism.csv, after the success -> column of train.csv, averaged over the last quarter of fine-tuning

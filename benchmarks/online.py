@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import numpy as np
 import tyro
-from mechanism import Setting, read, train
+from mechanism import Setting, read, train_together
 
 import common
 
@@ -84,12 +84,7 @@ def train_all(args: Args):
         args.workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
         for wave in waves:
-            tasks = {pool.submit(train, *task): task[2] for task in wave}
-            for task in concurrent.futures.as_completed(tasks):
-                if said := task.result():
-                    pool.shutdown(cancel_futures=True)
-                    raise common.UserError(f"{tasks[task]}: {said.removeprefix('error: ')} (log: {tasks[task]}.log)")
-                print(f"finished {tasks[task]}", flush=True)
+            train_together(pool, wave)
 
 
 def commits_of(config: dict[str, Any]) -> str:
