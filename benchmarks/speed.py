@@ -6,15 +6,18 @@
 Prints tables, and writes their rows, with where and on which commit they were measured, to --output. An update here is
 all that a training run does for one: drawing the batch and the noise, losses, backward, clip, Adam, moving averages.
 Modes are timed in turns within one run, because a processor's clock drifts: quote their ratios. The share of peak is
-of the largest rate of float32 matrix products measured in the same run, at the shapes of the widest hidden layer.
+of the largest rate of float32 matrix products, at the shapes of a hidden layer, timed in the same turns.
 """
 
 import contextlib
 import copy
 import csv
+import functools
 import importlib
+import itertools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,14 +49,14 @@ class Args:
     """batch sizes"""
     compile: tuple[Literal["off", "on"], ...] = ("off",)
     """modes of the update, timed in turns; compiling takes a minute or two for each width and batch"""
-    seconds: float = 5.0
-    """time for each width, batch and mode (at least three updates are timed)"""
+    seconds: float = 10.0
+    """time for each width and batch (at least three updates of each mode are timed)"""
     num_critics: int = 10
     """members of the critic ensemble"""
     flow_steps: int = 10
     """Euler steps from noise to an action"""
     environments: bool = True
-    """time evaluation and collection too"""
+    """time starting, evaluating and collecting too"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     num_threads: int = 0
@@ -75,7 +78,7 @@ def median_seconds(runs: dict[str, Callable[[], Any]], seconds: float, device: t
         run()
     wait(device)
     began = time.perf_counter()
-    while len(next(iter(times.values()))) < 3 or time.perf_counter() - began < seconds * len(runs):
+    while len(next(iter(times.values()))) < 3 or time.perf_counter() - began < seconds:
         for name, run in runs.items():
             start = time.perf_counter()
             run()
@@ -97,19 +100,20 @@ def random_dataset(args: Args, transitions: int, device: torch.device) -> common
     )  # fmt: skip
 
 
-def peak_flops(width: int, batch: int, num_critics: int, device: torch.device) -> float:
-    """Multiplications and additions per second of float32 products, at the shapes of a hidden layer: the best of one
-    network's and of the ensemble's."""
+def products(args: Args, width: int, batch: int, device: torch.device) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Float32 matrix products at the shapes of a hidden layer, of one network, of the ensemble and of all flow steps at
+    once: name -> (call, its multiplications and additions)."""
     normal = lambda *shape: torch.randn(*shape, device=device)
-    shapes = [((batch, width), (width, width)), ((num_critics, batch, width), (num_critics, width, width))]
-    shapes += [((10 * batch, width), (width, width))]
-    rates = []
-    for left, right in shapes:
-        a, b = normal(*left), normal(*right)
-        out = torch.empty(*left, device=device)
-        seconds = median_seconds({"product": lambda: torch.matmul(a, b, out=out)}, 0.5, device)["product"]
-        rates.append(2 * a.numel() * width / seconds)
-    return max(rates)
+    shapes = {
+        "product of one network": ((batch, width), (width, width)),
+        "product of all flow steps": ((args.flow_steps * batch, width), (width, width)),
+        "product of the ensemble": ((args.num_critics, batch, width), (args.num_critics, width, width)),
+    }
+    calls = {}
+    for name, (left, right) in shapes.items():
+        a, b, out = normal(*left), normal(*right), torch.empty(*left, device=device)
+        calls[name] = functools.partial(torch.matmul, a, b, out=out), 2 * a.numel() * width
+    return calls
 
 
 class OneModule(contextlib.nullcontext):
@@ -125,6 +129,7 @@ def time_updates(args: Args, width: int, batch_size: int, device: torch.device) 
         hidden_dims=(width,) * 4, batch_size=batch_size, num_critics=args.num_critics, flow_steps=args.flow_steps
     )
     torch.manual_seed(0)
+    torch.compiler.reset()  # each size is compiled for itself, as in a training run
     agent = script.Agent(OBSERVATION_DIM, CHUNK_LENGTH * ACTION_DIM, settings).to(device)
     dataset, generator = random_dataset(args, 20_000, device), torch.Generator(device).manual_seed(0)
     runs = {}
@@ -141,8 +146,9 @@ def time_updates(args: Args, width: int, batch_size: int, device: torch.device) 
         )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = median_seconds(runs, args.seconds, device)
-    flops, peak = counter.get_total_flops(), peak_flops(width, batch_size, args.num_critics, device)
+    matrix = products(args, width, batch_size, device)
+    seconds = median_seconds(runs | {name: call for name, (call, _) in matrix.items()}, args.seconds, device)
+    flops, peak = counter.get_total_flops(), max(flops / seconds[name] for name, (_, flops) in matrix.items())
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
     return [
         dict(what="update", width=width, batch=batch_size, compile=mode, seconds=seconds[mode], per_s=1 / seconds[mode],
@@ -152,14 +158,16 @@ def time_updates(args: Args, width: int, batch_size: int, device: torch.device) 
     ]  # fmt: skip
 
 
-def time_parts(args: Args, width: int, batch_size: int, device: torch.device) -> list[dict[str, Any]]:
-    """What the time of a plain update goes into: its functions one by one, on the same inputs."""
+def time_parts(args: Args, width: int, batch_size: int, mode: str, device: torch.device) -> list[dict[str, Any]]:
+    """What the time of an update goes into: its functions one by one, on the same inputs. A compiled one's losses are
+    one part."""
     script = importlib.import_module(args.script)
     settings = script.Args(
         hidden_dims=(width,) * 4, batch_size=batch_size, num_critics=args.num_critics, flow_steps=args.flow_steps,
-        compile="off",
+        compile=mode,
     )  # fmt: skip
     torch.manual_seed(0)
+    torch.compiler.reset()
     action_dim = CHUNK_LENGTH * ACTION_DIM
     agent = script.Agent(OBSERVATION_DIM, action_dim, settings).to(device)
     optimizer, generator = agent.make_optimizer(settings), torch.Generator(device).manual_seed(0)
@@ -172,13 +180,11 @@ def time_parts(args: Args, width: int, batch_size: int, device: torch.device) ->
     adjoint = no_grad(lambda: script.terminal_adjoint(agent.target_critic, s, x_final))()
     target = no_grad(lambda: script.critic_target(agent, batch, noise.next_action, settings))
     y = target()
-    losses = lambda: script.losses(agent, batch, noise, settings)[0]
+    function = script.compiled(script.losses) if mode == "on" else script.losses
+    losses = lambda: function(agent, batch, noise, settings)[0]
     losses().backward()
     parameters = agent.trained_parameters()
-    parts = {
-        "draw batch and noise": lambda: (
-            dataset.sample(batch_size, generator), script.draw_noise(batch_size, action_dim, settings, generator)
-        ),
+    of_losses = {
         "critic_target (E1, E2)": target,
         "memoryless_rollout (E6)": rollout,
         "terminal_adjoint (E7)": no_grad(lambda: script.terminal_adjoint(agent.target_critic, s, x_final)),
@@ -188,16 +194,22 @@ def time_parts(args: Args, width: int, batch_size: int, device: torch.device) ->
             script.critic_loss(agent.critic(s, batch.action), y, batch.valid),
             script.bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t),
         ),
+    }
+    parts = (of_losses if mode == "off" else {}) | {
+        "draw batch and noise": lambda: (
+            dataset.sample(batch_size, generator), script.draw_noise(batch_size, action_dim, settings, generator)
+        ),
         "clip": lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0),
         "moving averages": no_grad(lambda: script.update_targets(agent, settings.tau)),
         "Adam": optimizer.step,
     }  # fmt: skip
     seconds = {name: median_seconds({name: part}, args.seconds / 5, device)[name] for name, part in parts.items()}
     both = median_seconds({"forward": losses, "all": lambda: losses().backward()}, args.seconds / 5, device)
+    seconds |= {} if mode == "off" else {"losses, forward": both["forward"]}
     seconds["backward"] = both["all"] - both["forward"]
     total = sum(seconds.values())
     return [
-        dict(what=f"part: {name}", width=width, batch=batch_size, compile="off", seconds=value, share=value / total)
+        dict(what=f"part: {name}", width=width, batch=batch_size, compile=mode, seconds=value, share=value / total)
         for name, value in seconds.items()
     ]
 
@@ -234,6 +246,21 @@ def time_environments(args: Args) -> list[dict[str, Any]]:
     ]
 
 
+def time_start(args: Args) -> list[dict[str, Any]]:
+    """Seconds from starting the script to the end of its first plain updates, at full size on data that is there."""
+    root, steps = Path(__file__).resolve().parent.parent, "--bc-steps 1 --offline-steps 1 --compile off".split()
+    with tempfile.TemporaryDirectory() as folder:
+        data = common.collect_dataset("cube-single-play-v0", 1, 0, folder)
+        command = [sys.executable, str(root / f"{args.script}.py"), "--env-id", ENV_ID, "--device", args.device, *steps]
+        command += ["--dataset-path", str(data), "--run-dir", f"{folder}/run", "--num-threads", str(args.num_threads)]
+        start = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            next(line for line in process.stdout if line.startswith("fine-tuning: "))
+            seconds = time.perf_counter() - start
+            process.kill()
+    return [dict(what="start-up to the end of four updates of each kind, plain", seconds=seconds)]
+
+
 def memory_of_data(args: Args, device: torch.device) -> list[dict[str, Any]]:
     """Bytes that a million transitions take on the device, over those of their numbers in the file."""
     transitions = 1_000_000
@@ -266,11 +293,12 @@ def main(args: Args):
             rows += time_updates(args, width, batch, device)
     show(rows, dict(width="d", batch="d", compile="", seconds=".4f", per_s=".1f", ratio=".2f", gflop=".1f",
                     gflop_per_s=".0f", peak_gflop_per_s=".0f", share_of_peak=".0%", device_mib=".0f"))  # fmt: skip
-    for width in args.widths:
-        parts = time_parts(args, width, 256, device)
-        show(parts, dict(what="", width="d", batch="d", seconds=".4f", share=".0%"))
+    for width, mode in itertools.product(args.widths, args.compile):
+        parts = time_parts(args, width, 256, mode, device)
+        show(parts, dict(what="", width="d", batch="d", compile="", seconds=".4f", share=".0%"))
         rows += parts
-    others = memory_of_data(args, device) + (time_environments(args) if args.environments else [])
+    others = memory_of_data(args, device)
+    others += time_start(args) + time_environments(args) if args.environments else []
     show(others, dict(what="", seconds=".1f", per_s=".0f", ratio=".2f", cores="d", device_mib=".0f"))
     rows += others
     if args.output:
