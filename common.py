@@ -919,7 +919,7 @@ class Evaluator:
         self.env_id, self.chunk_length, self.episodes, self.noise_dim = env_id, chunk_length, episodes, noise_dim
         self.seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(episodes)]
         process_context()
-        makers = [functools.partial(make_chunked_env, env_id, chunk_length)] * min(episodes, 2 * os.cpu_count())
+        makers = [functools.partial(make_chunked_env, env_id, chunk_length)] * min(episodes, 4 * os.cpu_count())
         self.envs = gymnasium.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode="Disabled")
         self.filmed = {}  # episode -> its chunks, for the first episodes of the last evaluation
 
