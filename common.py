@@ -57,6 +57,17 @@ class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong, where, and what to do."""
 
 
+def check_finite(name: str, array: np.ndarray):
+    """Raise UserError, with its name and first bad place, for an array that holds a number that is not finite."""
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        place, value = bad[0].tolist(), array[tuple(bad[0])]
+        raise UserError(
+            f"{name} is not finite (number {place} is {value}): either training diverged, then try a lower "
+            "--learning-rate, or the environment's simulation did; the last checkpoint is from before it"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- environments
 
 
@@ -343,7 +354,7 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
 
 def write_episode(dataset_name: str, seed: int, split: str, index: int, path: Path):
     """Collect one episode into its file (in a worker process)."""
-    leave_interrupts_to_the_parent()
+    follow_the_parent()
     write_npz(path, collect_episode(dataset_name, seed, split, index))
 
 
@@ -603,10 +614,12 @@ class OnlineEnvironment:
         observation: [O], the current one.
         chunk: [n, d], what is left of the action chunk in execution; the caller's, and kept in the state.
         last_episode: return, length and success of the newest finished one; empty before.
+        taken: steps, over all episodes.
     """
 
     def __init__(self, env_id: str, seed: int):
         self.env, self.seed, self.last_episode = make_env(env_id), seed, {}
+        self.taken = 0
         self.steps, self.seconds = 0, 0.0  # since the last report
         self.begin(0)
 
@@ -625,7 +638,11 @@ class OnlineEnvironment:
         where only its time was up.
         """
         start, observation = time.perf_counter(), self.observation
+        self.taken += 1
+        check_finite(f"the action of online step {self.taken}", action)
         self.observation, reward, terminated, truncated, info = self.env.step(action)
+        check_finite(f"the observation after online step {self.taken}", self.observation)
+        check_finite(f"the reward of online step {self.taken}", np.array(reward))
         self.rewards.append(float(reward))
         self.actions.append(action)
         transition = observation, action, float(reward), 1.0 - terminated, self.observation, terminated or truncated
@@ -649,14 +666,15 @@ class OnlineEnvironment:
         """For a checkpoint."""
         actions = torch.from_numpy(np.array(self.actions, dtype=np.float32))
         state = {"episode": self.episode, "actions": actions, "chunk": torch.from_numpy(self.chunk.copy())}
-        return state | {"observation": torch.as_tensor(self.observation), "last_episode": self.last_episode}
+        state |= {"observation": torch.as_tensor(self.observation), "last_episode": self.last_episode}
+        return state | {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]):
         """Return to a state, by playing its running episode again from its start. Says so where that ends elsewhere."""
         self.begin(state["episode"])
         for action in state["actions"].numpy():
             self.step(action)
-        self.last_episode = state["last_episode"]
+        self.last_episode, self.taken = state["last_episode"], state["taken"]
         if np.array_equal(self.observation, state["observation"].numpy()):
             self.chunk = state["chunk"].numpy()
         else:
@@ -697,38 +715,63 @@ def official_file(dataset_name: str, dataset_dir: str) -> Path:
     return path
 
 
-def read_npz(path: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
-    """Arrays of an OGBench .npz file. Raises UserError where it is none, or lacks a key."""
+MOST_COMPRESSED = 100  # times its size that a file's arrays may take: real ones take a few times theirs
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """For a dataset file."""
+    return UserError(f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again")
+
+
+def npz_shapes(path: Path, keys: Iterable[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of arrays of an OGBench .npz file, by their headers.
+
+    Raises UserError where it is none, lacks a key, or declares more than it can hold: nothing of it is unpacked.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file.files]
+        with zipfile.ZipFile(path) as archive:
+            missing = [key for key in keys if f"{key}.npy" not in archive.namelist()]
             if missing:
                 raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
-            return {key: file[key] for key in keys}
+            shapes = {}
+            for key in keys:
+                with archive.open(f"{key}.npy") as file:
+                    version = np.lib.format.read_magic(file)
+                    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+                    shape, _, dtype = read(file)
+                    header = file.tell()
+                declared, unpacked = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size - header
+                if declared != unpacked and not dtype.hasobject:
+                    raise ValueError(f"its {key} declares {declared:,} bytes and has {unpacked:,}")
+                shapes[key] = shape, dtype
+            total = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
+            if total > MOST_COMPRESSED * path.stat().st_size:
+                raise ValueError(f"it would unpack to {total / path.stat().st_size:,.0f} times its size")
+            return shapes
     except UserError:
         raise
     except Exception as error:  # a damaged archive can raise nearly anything
-        raise UserError(
-            f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def read_npz(path: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays of an OGBench .npz file. Raises UserError as `npz_shapes`, or where the data is damaged."""
+    npz_shapes(path, keys)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in keys}
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise unreadable(path, error) from error
 
 
 def bytes_on_device(path: Path) -> int:
     """That the rows of a dataset file will take, by its header. Raises UserError where it has none."""
+    shapes = npz_shapes(path, ("observations", "actions"))
     try:
-        with zipfile.ZipFile(path) as archive:
-            numbers = 0
-            for key, others in (("observations", 2), ("actions", 0)):  # a reward and a mask for each row
-                with archive.open(f"{key}.npy") as file:
-                    version = np.lib.format.read_magic(file)
-                    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-                    rows, width = read(file)[0]
-                    numbers += rows * (width + others)
-        return 4 * numbers
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise UserError(
-            f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again"
-        ) from error
+        (rows, observation_dim), (_, action_dim) = (shape for shape, _ in shapes.values())
+    except ValueError as error:
+        raise UserError(f"{path}: observations and actions must be tables, not of shapes {shapes}") from error
+    return 4 * rows * (observation_dim + action_dim + 2)  # a reward and a mask for each row
 
 
 def free_memory(device: torch.device) -> int:
@@ -897,7 +940,7 @@ class ChunkedEpisode(gymnasium.Wrapper):
 
 def make_chunked_env(env_id: str, chunk_length: int) -> gymnasium.Env:
     """The environment of a worker process of `Evaluator`."""
-    leave_interrupts_to_the_parent()
+    follow_the_parent()
     if multiprocessing.parent_process():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a cluster sends to all: the evaluation is finished first
     return ChunkedEpisode(make_env(env_id), chunk_length)
@@ -951,7 +994,9 @@ class Evaluator:
             observation = torch.from_numpy(observation[playing].astype(np.float32))
             chunks = np.zeros((len(slots), action_dim), dtype=np.float32)
             chunks[playing] = policy(observation, torch.from_numpy(np.stack(draws))).numpy(force=True)
+            check_finite("an action in the evaluation", chunks)
             observation, reward, terminated, truncated, info = self.envs.step(chunks)
+            check_finite("an observation in the evaluation", observation[playing])
             for slot in playing:
                 episode = slots[slot]
                 results["return"][episode] += reward[slot]
@@ -1042,10 +1087,14 @@ def process_context() -> multiprocessing.context.BaseContext:
     return context
 
 
-def leave_interrupts_to_the_parent():
-    """Ctrl-C reaches all processes at once; in a worker it would only print a traceback."""
-    if multiprocessing.parent_process():
+def follow_the_parent():
+    """In a worker process: leave Ctrl-C, which reaches all processes at once, to the parent, and end when that ends,
+    even if it is killed."""
+    parent = multiprocessing.parent_process()
+    if parent and not getattr(parent, "is_followed", False):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        parent.is_followed = True
 
 
 def version_of(package: str) -> str:
@@ -1059,11 +1108,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, content: bytes | Callable[[Any], None]):
+def write_atomically(path: Path, content: bytes | Callable[[Any], None], previous: Path | None = None):
     """Write a file so that at any moment `path` holds the whole old content or the whole new one.
 
-    content: the bytes, or a function that writes them to an open binary file. Raises UserError where the disk is
-    full or not writable; the old content is then still there.
+    content: the bytes, or a function that writes them to an open binary file. previous: where the old content is kept;
+    for a moment it is there alone. Raises UserError where the disk is full or not writable; the old content is then
+    still there.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -1071,6 +1121,8 @@ def write_atomically(path: Path, content: bytes | Callable[[Any], None]):
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -1192,6 +1244,10 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
         return load_flax_actor(Path(path), flag, sizes)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch reads a flipped bit as a number
+        if damaged:
+            raise ValueError(f"the checksum of its {damaged} is wrong")
     except FileNotFoundError as error:
         raise UserError(f"{flag}: {path} does not exist") from error
     except Exception as error:  # a damaged file can raise nearly anything
@@ -1216,6 +1272,23 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
         if found != value:
             raise UserError(f"{flag}: {path} has {key} {found}, but this run has {key} {value}")
     return checkpoint
+
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest, and the one before it
+
+
+def load_newest(kept: list[Path], kind: str) -> dict[str, Any]:
+    """The newest of a run's checkpoints. Raises UserError where it is damaged, and names the older one, if whole."""
+    try:
+        return load_checkpoint(kept[0], kind, "--resume")
+    except UserError as error:
+        for older in kept[1:]:
+            with contextlib.suppress(UserError):
+                step = load_checkpoint(older, kind, "--resume")["step"]
+                raise UserError(
+                    f"{error}: {older}, of step {step}, is whole; to go on from there, rename it to {kept[0].name}"
+                ) from error
+        raise
 
 
 def environment_sizes(env_id: str) -> tuple[int, int]:
@@ -1265,6 +1338,7 @@ def flag_of(field: str) -> str:
 
 
 MOST_STEPS = 10**9  # of a stage
+NEVER = 2**62  # a step that no run reaches
 WORTH_COMPILING = 10_000  # updates, within which a minute and a half of compiling is won back at every size measured
 
 POSITIVE = set(
@@ -1465,16 +1539,17 @@ class Run:
         name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.path = Path(args.run_dir or Path("runs") / name).expanduser()
         if self.path.exists() and not args.resume:
-            if not self.path.is_dir() or any(self.path.iterdir()):
+            # A run that was killed at once leaves only its lock, and perhaps a hidden file half written.
+            if not self.path.is_dir() or any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise UserError(
                     f"--run-dir: {self.path} is not empty; name another folder, or continue its run with --resume"
                 )
         if args.track and importlib.util.find_spec("wandb") is None:
             raise UserError("--track needs Weights & Biases: pip install wandb")
-        newest, self.checkpoint = self.path / "checkpoint.pt", None
-        self.resumes = args.resume and newest.exists()
+        kept, self.checkpoint = [self.path / name for name in CHECKPOINTS if (self.path / name).exists()], None
+        self.resumes = args.resume and bool(kept)
         if self.resumes:
-            self.checkpoint = load_checkpoint(newest, script, "--resume")
+            self.checkpoint = load_newest(kept, script)
             self.check_steps("--resume")
             there = self.checkpoint["device"]
             if there != device.type:
@@ -1487,7 +1562,8 @@ class Run:
         self.evaluator = self.writer = self.bar = self.lock = None
         self.config, self.stopping = {}, 0
         self.started = time.perf_counter()
-        self.steps_since_log = self.updates_since_log = 0
+        self.steps_since_log = self.updates_since_log = self.stage_step = 0
+        self.watched, self.bad_since, self.stage = [], None, ""  # names of statistics, their first bad steps
         self.seconds = self.checkpoint["seconds"] if self.resumes else 0.0  # of earlier sittings
         self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
         self.rows = {"train.csv": [], "eval.csv": []}
@@ -1663,21 +1739,45 @@ class Run:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.default_int_handler)
 
-    def tick(self, updates: int = 1):
-        """Count one step: an update, or, online, a step in the environment with its updates."""
+    def tick(self, stage: str, step: int, statistics: dict[str, Any], updates: int = 1):
+        """Count one step, `step` of `stage`: an update, or, online, a step in the environment with its updates.
+
+        Notes on the device, without waiting for it, since when each of the last update's statistics is not finite.
+        """
         self.step += 1
+        self.stage, self.stage_step = stage, step
         self.steps_since_log += 1
         self.updates_since_log += updates
+        tensors = {key: value for key, value in statistics.items() if isinstance(value, torch.Tensor)}
+        if tensors:
+            finite = torch.isfinite(torch.stack([*tensors.values()]))  # [n]
+            if self.watched != [*tensors]:
+                self.watched, self.bad_since = [*tensors], torch.full(finite.shape, NEVER, device=finite.device)
+            self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp(max=self.step))
         self.bar.update()
 
-    def log(self, stage: str, step: int, statistics: dict[str, Any]):
-        """Write a row of train.csv, and to TensorBoard. Waits for the device."""
-        row = {key: float(value) for key, value in statistics.items()}
-        bad = next((key for key, value in row.items() if not np.isfinite(value)), None)
+    def check_finite(self, weights: dict[str, torch.Tensor]):
+        """Raise UserError, with its name and step, for the first statistic that was not finite, or else for the first
+        of `weights`. Waits for the device."""
+        steps = self.bad_since.tolist() if self.watched else []
+        finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()]).tolist() if weights else []
+        bad = next((name for name, fine in zip(weights, finite) if not fine), None)
+        step = self.stage_step
+        if min(steps, default=NEVER) < NEVER:
+            bad = self.watched[steps.index(min(steps))]
+            step -= self.step - min(steps)
         if bad:
+            kept = self.path / "checkpoint.pt"
+            way_out = f"{kept} is from before it" if kept.exists() else "no checkpoint is from before it"
             raise UserError(
-                f"{bad} is {row[bad]} at step {step} of {stage}: training diverged; try a lower --learning-rate"
+                f"{bad} is not finite at step {step} of {self.stage}: training diverged; try a lower --learning-rate "
+                f"in a new run ({way_out})"
             )
+
+    def log(self, statistics: dict[str, Any]):
+        """Write a row of train.csv, and to TensorBoard, for the newest step. Waits for the device."""
+        self.check_finite({})
+        row = {key: float(value) for key, value in statistics.items()}
         seconds = time.perf_counter() - self.last_log
         row["charts/SPS"] = self.steps_since_log / seconds
         if "charts/environment_SPS" in row:
@@ -1685,7 +1785,7 @@ class Run:
             row["charts/update_SPS"] = self.updates_since_log / seconds
         for key, value in row.items():
             self.writer.add_scalar(key, value, self.step)
-        self.append("train.csv", {"stage": stage, "step": step, **row})
+        self.append("train.csv", {"stage": self.stage, "step": self.stage_step, **row})
         self.last_log, self.steps_since_log, self.updates_since_log = time.perf_counter(), 0, 0
 
     def evaluate(
@@ -1693,6 +1793,7 @@ class Run:
     ) -> dict[str, float]:
         """Evaluate a policy (see `Evaluator`), write a row of eval.csv and redraw the learning curve."""
         paused = time.perf_counter()
+        self.check_finite({})
         if self.evaluator is None:
             self.start_evaluator()
         scores = self.evaluator.evaluate(policy, self.args.best_of_n)
@@ -1734,6 +1835,7 @@ class Run:
 
         Ends the program where a signal asked for that.
         """
+        self.check_finite(state["agent"])
         buffer = io.BytesIO()
         rows = {name: len(rows) for name, rows in self.rows.items()}
         torch.save(
@@ -1750,12 +1852,14 @@ class Run:
             ),
             buffer,
         )
-        write_atomically(self.path / "checkpoint.pt", buffer.getvalue())
+        newest, previous = (self.path / name for name in CHECKPOINTS)
+        write_atomically(newest, buffer.getvalue(), previous)
         if self.stopping:
             sys.exit(128 + self.stopping)
 
     def save_bc(self, actor_slow: dict[str, torch.Tensor]):
         """Write bc_checkpoint.pt: the behaviour-cloned policy, for all tasks of the domain and all scripts."""
+        self.check_finite(actor_slow)
         buffer = io.BytesIO()
         torch.save(
             dict(kind="bc", sizes=self.sizes, steps=self.step, dataset=self.config["dataset"], actor_slow=actor_slow),

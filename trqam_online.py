@@ -393,7 +393,8 @@ def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: No
 
 
 def losses(agent: Agent, batch: common.Batch, noise: Noise, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of all networks together, and its statistics: scalars without gradient, named as in TensorBoard."""
+    """The loss of all networks together, and its statistics: scalars without gradient, named as in TensorBoard, in the
+    order they arise, so that the first one that is not finite is where it began."""
     s = batch.observation  # [B, O]
     temperature = args.lam_scale * agent.lam
     with torch.no_grad():
@@ -408,16 +409,16 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise, args: Args) -> tuple
     loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
     loss_am = adjoint_matching_loss(delta, adjoints, temperature)
     statistics = {
-        "losses/critic_loss": loss_q,
-        "losses/bc_loss": loss_bc,
-        "losses/adjoint_matching_loss": loss_am,
-        "losses/q_mean": q.mean(),
-        "losses/q_min": q.min(),
-        "losses/q_max": q.max(),
         "losses/target_q_mean": target.mean(),
         "losses/adjoint_abs_mean": terminal.abs().mean(),
         "losses/adjoint_abs_std": terminal.abs().std(correction=0),
         "losses/adjoint_abs_max": terminal.abs().max(),
+        "losses/q_mean": q.mean(),
+        "losses/q_min": q.min(),
+        "losses/q_max": q.max(),
+        "losses/critic_loss": loss_q,
+        "losses/bc_loss": loss_bc,
+        "losses/adjoint_matching_loss": loss_am,
         "trust_region/path_kl": path_kl(delta, args.chunk_length),
         "trust_region/closed_form_kl": closed_form_kl(adjoints, temperature, args.chunk_length),
     }
@@ -439,6 +440,11 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     loss, statistics = (compiled(losses) if args.compile == "on" else losses)(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
+    grad_norms = {  # of each network alone
+        f"gradients/{name}": nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
+        for name, network in agent.named_children()
+        if not name.startswith("target")
+    }
     grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)  # of all networks together
     with torch.no_grad():
         update_targets(agent, args.tau)  # before the step: the targets follow the weights that made this loss
@@ -446,6 +452,7 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
         dual_descent(agent, statistics["trust_region/path_kl"], args)
     return {
         **statistics,
+        **grad_norms,
         "losses/grad_norm": grad_norm,
         "trust_region/path_kl_ema": agent.kl_ema.clone(),
         "trust_region/kl_budget": args.kl_budget,
@@ -568,10 +575,10 @@ def main(args: Args):
                 statistics = train_step(agent, optimizer, dataset, generator, stage, args)
             step += 1
             stage_step = step - stage_start
-            run.tick(updates)
+            run.tick(stage, stage_step, statistics, updates)
             stage_ends = step in (bc_steps, offline_end, total_steps)
             if stage_ends or stage_step % args.log_interval == 0:
-                run.log(stage, stage_step, {**statistics, **environment.report()})
+                run.log({**statistics, **environment.report()})
             if step == bc_steps:  # fine-tuning starts afresh, and so the same as one from --bc-checkpoint
                 agent.start_from_clone()
                 optimizer = agent.make_optimizer(args)
