@@ -27,7 +27,7 @@ import common
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "--env-id pointmaze-medium-navigate-singletask-task1-v0 --collect-episodes 4 --hidden-dims 32 32 --num-critics 2 "
-    "--flow-steps 3 --batch-size 32 --bc-steps 200 --offline-steps 200 --online-steps 100000000 --learning-starts 200 "
+    "--flow-steps 3 --batch-size 32 --bc-steps 200 --offline-steps 200 --online-steps 2000000 --learning-starts 200 "
     "--eval-interval 2000 --eval-episodes 4 --log-interval 500 --checkpoint-interval 1000 --num-threads 1 --compile off"
 )
 
