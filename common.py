@@ -130,6 +130,12 @@ def make_env(env_id: str, **kwargs) -> gymnasium.Env:
     return SeededReset(env)
 
 
+@functools.cache
+def unplayed_env(env_id: str) -> gymnasium.Env:
+    """One environment of a task, for its sizes and for relabelling data: making one takes a second or two."""
+    return make_env(env_id)
+
+
 # ------------------------------------------------------------------------------------------------- collecting data
 
 STEPS_PER_EPISODE = {"pointmaze-giant": 2001}  # all others: 1,001, the last of which only holds the final state
@@ -796,6 +802,8 @@ def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
         shapes["button_states"] = env.unwrapped._cur_button_states.shape
     data = read_npz(path, shapes)
     rows = len(data["observations"]) if data["observations"].ndim else 0
+    if not data["observations"].size:
+        raise UserError(f"{path} holds no rows; collect or fetch the file again")
     for key, array in data.items():
         if array.shape != (rows, *shapes[key]):
             raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *shapes[key])}")
@@ -841,8 +849,7 @@ def load_dataset(
     else:
         files, info = [official_file(dataset_name, dataset_dir)], {"origin": "official"}
 
-    env = make_env(env_id)
-    device = torch.device(device)
+    env, device = unplayed_env(env_id), torch.device(device)
 
     def load(paths: list[Path]) -> ReplayBuffer:
         arrays = {key: [] for key in ("observations", "actions", "rewards", "masks", "terminals")}
@@ -870,7 +877,6 @@ def load_dataset(
     if rotating:
         dataset = RotatingShards(files, lambda path: load([path]), device, drawn)
     else:
-        env.close()
         dataset.to(device)
     hashes = [file_hash(path) for path in files]
     made = collection_of(files[0]) if len(files) == 1 else None
@@ -1271,6 +1277,9 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
         found = checkpoint.get("sizes", {}).get(key)
         if found != value:
             raise UserError(f"{flag}: {path} has {key} {found}, but this run has {key} {value}")
+    for name, weight in checkpoint["actor_slow" if kind == "bc" else "agent"].items():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"{flag}: {path} holds a {name} that is not finite; use another")
     return checkpoint
 
 
@@ -1283,20 +1292,20 @@ def load_newest(kept: list[Path], kind: str) -> dict[str, Any]:
         return load_checkpoint(kept[0], kind, "--resume")
     except UserError as error:
         for older in kept[1:]:
-            with contextlib.suppress(UserError):
+            try:
                 step = load_checkpoint(older, kind, "--resume")["step"]
-                raise UserError(
-                    f"{error}: {older}, of step {step}, is whole; to go on from there, rename it to {kept[0].name}"
-                ) from error
+            except UserError:
+                continue
+            raise UserError(
+                f"{error}: {older}, of step {step}, is whole; to go on from there, rename it to {kept[0].name}"
+            ) from error
         raise
 
 
 def environment_sizes(env_id: str) -> tuple[int, int]:
     """(O, d): numbers in an observation and in one action. Raises UserError for an unknown id."""
-    env = make_env(env_id)
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
-    env.close()
-    return sizes
+    env = unplayed_env(env_id)
+    return env.observation_space.shape[0], env.action_space.shape[0]
 
 
 def choose_device(device: str, num_threads: int) -> torch.device:
@@ -1485,8 +1494,10 @@ def run_script(
 ):
     """Parse the command line (see `parse_args`) and run `main`; a UserError ends the program with its one line and
     exit status 1."""
+    args = None
     try:
-        main(parse_args(args_class, settings, script, starts_from))
+        args = parse_args(args_class, settings, script, starts_from)
+        main(args)
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -1494,6 +1505,10 @@ def run_script(
             f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path, its rights and the disk"
         )
     except (MemoryError, RuntimeError) as error:
+        if "loading state_dict" in str(error):
+            flag = next(name for name in ("resume", "checkpoint", "bc_checkpoint") if getattr(args, name))
+            where = args.run_dir if args.resume else getattr(args, flag)
+            sys.exit(f"error: {flag_of(flag)}: the weights in {where} do not fit this run's networks; use another")
         of_memory = MemoryError, torch.OutOfMemoryError  # on the CPU torch raises a plain RuntimeError
         if not isinstance(error, of_memory) and "can't allocate memory" not in str(error):
             raise
@@ -1602,7 +1617,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--run-dir: {self.path} cannot be made ({error.strerror}); name another folder") from error
-        self.lock = open(self.path / ".lock", "w")
+        self.lock = open(self.path / ".lock", "a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -504,9 +504,9 @@ def main(args: Args):
         agent.actor_slow.load_state_dict(prior["actor_slow"])
         agent.start_from_clone()
     with run:
+        dataset = run.load_dataset()
         known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
         print(f"preset {args.preset}; {domain}: {known}; flags win over both")
-        dataset = run.load_dataset()
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(device).manual_seed(args.seed)
         step = 0  # updates done, over both stages

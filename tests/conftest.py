@@ -3,9 +3,20 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 parity_maxima: dict[str, tuple[str, float]] = {}  # file, script -> (worst quantity, its relative difference)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Two collected episodes: 2,000 transitions."""
+    import common
+
+    folder = tmp_path_factory.mktemp("pointmaze")
+    return common.collect_dataset("pointmaze-medium-navigate-v0", 2, 0, str(folder))
 
 
 def pytest_terminal_summary(terminalreporter):
