@@ -28,10 +28,10 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "--env-id pointmaze-medium-navigate-singletask-task1-v0 --hidden-dims 16 16 --num-critics 2 --flow-steps 3 "
-    "--batch-size 8 --chunk-length 4 --bc-steps 300 --offline-steps 300 --eval-interval 60 --eval-episodes 2 "
-    "--log-interval 5 --checkpoint-interval 20 --num-threads 1 --run-dir run --dataset-dir data --collect-episodes 3"
+    "--batch-size 8 --chunk-length 4 --bc-steps 40 --offline-steps 40 --eval-interval 20 --eval-episodes 2 "
+    "--log-interval 2 --checkpoint-interval 5 --num-threads 1 --run-dir run --dataset-dir data --collect-episodes 3"
 ).split()
-ONLINE = "--online-steps 300 --learning-starts 20".split()
+ONLINE = "--online-steps 40 --learning-starts 10".split()
 CASES = {  # name -> (script, flags); "prior" is a finished run of trqam_offline.py
     "trqam_offline": ("trqam_offline", []),
     "trqam_online": ("trqam_online", ONLINE),
