@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import math
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import qam_baseline
@@ -584,8 +586,100 @@ def test_a_failed_download_says_how_to_go_on(env_id, way_out, tmp_path, monkeypa
 def test_divergence_is_named_and_ends_the_run(dataset, monkeypatch):
     flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--learning-rate", 1e30]
     said = start("trqam_offline", monkeypatch, *flags)
-    assert "is nan at step" in said or "is inf at step" in said
-    assert "--learning-rate" in said
+    assert "is not finite at step" in said and "of bc: training diverged" in said and "--learning-rate" in said
+
+
+def loss_turns_bad(module, monkeypatch, number):
+    """Call `number` of the adjoint matching loss gives infinity."""
+    loss, calls = module.adjoint_matching_loss, iter(range(1, 1000))
+    give = lambda *parts: loss(*parts) + (math.inf if next(calls) == number else 0)
+    monkeypatch.setattr(module, "adjoint_matching_loss", give)
+
+
+def gradient_turns_bad(module, monkeypatch, number):
+    """Backward pass `number` of the critic's first kernel gives one NaN."""
+    make, calls = module.Agent.make_optimizer, iter(range(1, 1000))
+    bad = lambda gradient: gradient.index_fill(2, torch.tensor(1), math.nan) if next(calls) == number else gradient
+
+    def with_hook(agent, args):
+        if not agent.critic.kernels[0]._backward_hooks:
+            agent.critic.kernels[0].register_hook(bad)
+        return make(agent, args)
+
+    monkeypatch.setattr(module.Agent, "make_optimizer", with_hook)
+
+
+@pytest.mark.parametrize("turn_bad, name", [
+    (loss_turns_bad, "losses/adjoint_matching_loss"),
+    (gradient_turns_bad, "gradients/critic"),
+])  # fmt: skip
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_not_finite_first_is_named_with_its_step(script, turn_bad, name, dataset, monkeypatch):
+    """Between two rows of the log, and two checkpoints: the newest checkpoint is from before it."""
+    turn_bad(SCRIPTS[script], monkeypatch, 4 + 11)  # after the four updates that are timed
+    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run", "--log-interval", 7]
+    said = start(script, monkeypatch, *flags)
+    assert said.startswith(f"error: {name} is not finite at step 11 of offline: ") and "\n" not in said
+    assert "run/checkpoint.pt is from before it" in said
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    assert state["step"] == 12 + 10 and all(torch.isfinite(weight).all() for weight in state["agent"].values())
+
+
+def action_turns_bad(module, monkeypatch):
+    act = module.act
+    monkeypatch.setattr(module, "act", lambda *parts: act(*parts) * (math.nan if len(parts[1]) == 1 else 1))
+
+
+def observation_turns_bad(module, monkeypatch):
+    step = gymnasium.wrappers.TimeLimit.step
+    bad = lambda env, action: (step(env, action)[0] * np.inf, *step(env, action)[1:])
+    monkeypatch.setattr(gymnasium.wrappers.TimeLimit, "step", bad)
+
+
+@pytest.mark.parametrize("turn_bad, name", [
+    (action_turns_bad, "the action of online step 1"),
+    (observation_turns_bad, "the observation after online step 1"),
+])  # fmt: skip
+@pytest.mark.parametrize("script", ["trqam_online", "qam_baseline"])
+def test_actions_and_observations_that_are_not_finite_end_the_run(script, turn_bad, name, dataset, monkeypatch):
+    turn_bad(SCRIPTS[script], monkeypatch)
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--online-steps", 9, "--learning-starts", 2]
+    said = start(script, monkeypatch, *flags)
+    assert said.startswith(f"error: {name} is not finite (number [0] is ") and "\n" not in said
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 30  # the end of the offline stage
+
+
+def test_an_evaluated_action_that_is_not_finite_is_named(monkeypatch):
+    evaluator = common.Evaluator(ENV, 4, 1, seed=0, noise_dim=8)
+    with pytest.raises(common.UserError, match="an action in the evaluation is not finite"):
+        evaluator.evaluate(lambda observation, noise: torch.full((len(observation), 8), math.nan))
+    evaluator.close()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses every operation that brings a tensor's value to the program, and so waits for the device."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation not in (
+            torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default,
+        ), operation  # fmt: skip
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_step_between_two_logs_waits_for_the_device(script, dataset, monkeypatch):
+    tick, mode, entered = common.Run.tick, NoWaiting(), []
+
+    def watched(run, stage, step, statistics, updates=1):
+        tick(run, stage, step, statistics, updates)
+        if stage == "offline" and step in (4, 6):  # from the end of step 4 to that of step 6
+            mode.__enter__() if step == 4 else mode.__exit__(None, None, None)
+            entered.append(step)
+
+    monkeypatch.setattr(common.Run, "tick", watched)
+    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run"]
+    flags += ["--log-interval", 10, "--checkpoint-interval", 20]
+    assert start(script, monkeypatch, *flags) is None and entered == [4, 6]
 
 
 def test_training_finishes_when_nothing_can_be_filmed(dataset, monkeypatch, capsys):
