@@ -322,6 +322,7 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
         ["--run-dir", "full is not empty", "name another folder"],
     ),
     "run folder of a name too long": (lambda t, d, s: ["--run-dir", t / ("x" * 300)], ["File name too long"]),
+    "run folder where none can be": (lambda t, d, s: ["--run-dir", "/proc/run"], ["--run-dir", "cannot be made"]),
     "only a validation file": (
         lambda t, d, s: [written(t / "x-val.npz", d.read_bytes()), "--dataset-path", t][1:],
         ["--dataset-path", "holds no .npz"],
@@ -407,6 +408,14 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
             broken(t, d, **{key: array[1001:] for key, array in np.load(d).items()}),
         ],
         ["--resume", "the run began on", "1,000 transitions"],
+    ),
+    "resuming where the data is gone": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, config__json=lambda c: c.replace(b".npz", b"-gone.npz"))],
+        ["--dataset-path", "-gone.npz does not exist"],
+    ),
+    "resuming with a damaged log": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, train__csv=lambda c: c + b"\xff\xfe")],
+        ["train.csv is damaged", "another folder"],
     ),
     "resuming without settings": (
         lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, config__json=None)],

@@ -4,7 +4,10 @@ import copy
 import csv
 import dataclasses
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,10 @@ import trqam_online
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import compare
+import kill_resume
 import mechanism
 import online
+import soak
 
 B, O, A = 64, 3, 2
 ARGS = qam_baseline.Args(hidden_dims=(16, 16), num_critics=2, flow_steps=4, chunk_length=1)
@@ -229,3 +234,42 @@ def test_a_study_starts_its_runs_as_the_command_line_does(tmp_path, monkeypatch)
     script, words = trqam_online, ["--checkpoint", "x.pt", "--seed", "3", "--run-dir", str(tmp_path / "run")]
     expected = script.main, script.Args, script.settings, "trqam_online", "trqam_offline", ["trqam_online.py", *words]
     assert started == [expected]
+
+
+def test_kill_resume_finds_every_difference(tmp_path):
+    """Of two finished runs that are equal but for one number, one row or one byte; the clock's columns do not count."""
+    for name in ("whole", "resumed"):
+        run = tmp_path / name / "run"
+        run.mkdir(parents=True)
+        (tmp_path / name / "data").mkdir()
+        (tmp_path / name / "data" / "x.npz").write_bytes(b"rows")
+        (run / "replay.bin").write_bytes(b"rows")
+        weights = {"net.0.weight": torch.arange(3.0), "lam": torch.tensor(1.0)}
+        state = dict(step=9, seconds=name, args=name, agent=weights, rows={"train.csv": 1})
+        for file in ("checkpoint.pt", "checkpoint_previous.pt", "bc_checkpoint.pt"):
+            torch.save(state, run / file)
+        (run / "train.csv").write_text(f"stage,step,charts/SPS,losses/bc_loss\nbc,9,{len(name)},0.5\n")
+        (run / "eval.csv").write_text("stage,step,success\nbc,9,0.5\n")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert kill_resume.differences(whole, resumed) == []
+    state["agent"]["lam"] += 1e-7
+    torch.save(state, resumed / "run" / "checkpoint.pt")
+    (resumed / "run" / "checkpoint_previous.pt").unlink()
+    (resumed / "run" / "train.csv").write_text("stage,step,charts/SPS,losses/bc_loss\nbc,9,1,0.5\nbc,9,1,0.5\n")
+    (resumed / "run" / "eval.csv").write_text("stage,step,success\nbc,9,0.6\n")
+    (resumed / "run" / "replay.bin").write_bytes(b"row")
+    assert kill_resume.differences(whole, resumed) == [
+        "checkpoint.pt/agent/lam", "checkpoint_previous.pt", "train.csv", "eval.csv", "run/replay.bin",
+    ]  # fmt: skip
+
+
+def test_soak_counts_a_process_and_its_workers():
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's /proc")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        while "python" not in Path(f"/proc/{child.pid}/cmdline").read_text():  # not yet started
+            time.sleep(0.01)
+        found = soak.sample(os.getpid())
+        child.stdin.close()
+    assert found["workers"] >= 1 and found["memory_mib"] > 50 and found["worker_memory_mib"] > 1
+    assert found["files"] >= 3 and found["worker_files"] >= 3

@@ -265,3 +265,5 @@ def test_compiled_edits_train_as_plain_ones():
     for before, ours, theirs in zip(agent.parameters(), plain.parameters(), compiled.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert not torch.equal(before, theirs)  # all of it was trained, or follows
+    loss = lambda noise: float(script.compiled(script.losses)(agent, batch, noise, settings)[0])
+    assert loss(noises[0]) == loss(noises[0]) != loss(noises[1])  # no randomness is frozen into the graph
