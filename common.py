@@ -607,9 +607,6 @@ class RotatingShards:
         """As `ReplayBuffer.save`: there is nothing to save."""
         return {}
 
-    def load(self, path: Path, state: dict[str, Any]):
-        """As `ReplayBuffer.load`."""
-
 
 class OnlineEnvironment:
     """The environment that a policy collects in, one step at a time.
@@ -1582,6 +1579,11 @@ class Run:
         self.seconds = self.checkpoint["seconds"] if self.resumes else 0.0  # of earlier sittings
         self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
         self.rows = {"train.csv": [], "eval.csv": []}
+        tables = self.path if self.resumes or not self.checkpoint else Path(args.checkpoint).parent
+        for name, kept in (self.checkpoint["rows"] if self.checkpoint else {}).items():
+            columns, rows = read_csv(tables / name)
+            if kept:  # rows written after the checkpoint will be written again
+                self.columns[name], self.rows[name] = columns, rows[:kept]
 
     def check_steps(self, flag: str):
         """Raise UserError where the steps asked for are fewer than those done, or make one stage's steps another's."""
@@ -1652,12 +1654,7 @@ class Run:
                 sitting |= dict(started_from=dict(checkpoint=str(start), step=done, sha256=file_hash(start)))
             self.record(script=self.script, args=settings, dataset=None, **sitting)
 
-        kept = self.checkpoint["rows"] if self.checkpoint else {name: 0 for name in self.rows}
-        tables = self.path if self.resumes or not self.checkpoint else Path(self.args.checkpoint).parent
-        for name in self.rows:  # rows written after the checkpoint will be written again
-            columns, rows = read_csv(tables / name)
-            self.rows[name] = rows[: kept[name]]
-            self.columns[name] = columns if self.rows[name] else self.columns[name]
+        for name in self.rows:
             self.write_table(name)
         if self.args.track:
             import wandb
@@ -1709,6 +1706,8 @@ class Run:
             raise UserError(
                 f"--resume: the run began on {describe_dataset(began)}, and this is {describe_dataset(origin)}"
             )
+        if self.resumes and self.checkpoint.get("replay"):
+            dataset.load(self.path / "replay.bin", self.checkpoint["replay"])
         self.open()
         self.record(dataset=origin)
         print(f"run: {self.path}")

@@ -588,7 +588,6 @@ def main(args: Args):
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
-            dataset.load(run.path / "replay.bin", run.checkpoint["replay"])
             environment.load_state_dict(run.checkpoint["environment"])
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away

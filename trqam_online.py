@@ -550,7 +550,6 @@ def main(args: Args):
                 generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
             if run.checkpoint["kind"] == SCRIPT:
-                dataset.load(run.path / "replay.bin", run.checkpoint["replay"])
                 environment.load_state_dict(run.checkpoint["environment"])
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away

@@ -40,7 +40,7 @@ def run(script, folder, *words):
         target=script_in_this_process, args=(script, [str(word) for word in words], folder)
     )
     process.start()
-    process.join(120)
+    process.join(600)
     if process.is_alive():
         process.kill()
         pytest.fail(f"{script}.py {words} did not end")
@@ -259,6 +259,14 @@ BAD_FOR = {
             lambda t, d: ["--checkpoint", of_trqam(t), "--bc-checkpoint", saved(t)],
             ["--checkpoint", "--bc-checkpoint", "leave out"],
         ),
+        "resuming with half of what was collected": (
+            lambda t, d: ["--resume", "--run-dir", run_of("trqam_online", t, replay__bin=half)],
+            ["--resume", "replay.bin is damaged or missing"],
+        ),
+        "resuming without what was collected": (
+            lambda t, d: ["--resume", "--run-dir", run_of("trqam_online", t, replay__bin=None)],
+            ["--resume", "replay.bin is damaged or missing"],
+        ),
         "a checkpoint that is none": (
             lambda t, d: ["--checkpoint", d],
             ["--checkpoint", "damaged or not a checkpoint"],
@@ -410,7 +418,9 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
         ["--resume", "the run began on", "1,000 transitions"],
     ),
     "resuming where the data is gone": (
-        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, config__json=lambda c: c.replace(b".npz", b"-gone.npz"))],
+        lambda t, d, s: [
+            "--resume", "--run-dir", run_of(s, t, config__json=lambda c: c.replace(b".npz", b"-gone.npz")),
+        ],
         ["--dataset-path", "-gone.npz does not exist"],
     ),
     "resuming with a damaged log": (
