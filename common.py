@@ -732,6 +732,8 @@ def npz_shapes(path: Path, keys: Iterable[str]) -> dict[str, tuple[tuple[int, ..
     Raises UserError where it is none, lacks a key, or declares more than it can hold: nothing of it is unpacked.
     """
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
             missing = [key for key in keys if f"{key}.npy" not in archive.namelist()]
             if missing:
@@ -804,6 +806,11 @@ def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
     for key, array in data.items():
         if array.shape != (rows, *shapes[key]):
             raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *shapes[key])}")
+        if array.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                data[key] = array = array.astype(
+                    np.float32, copy=False
+                )  # as it is held; too large a number is infinite
         if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
             raise UserError(f"{path}: {key} holds values that are not finite numbers; collect or fetch the file again")
     relabel_dataset(env.spec.id, env, data)
@@ -899,9 +906,10 @@ def collection_of(path: Path) -> dict[str, Any] | None:
     """What `collect_dataset` noted beside the file it wrote; None for any other file."""
     try:
         made = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return made if isinstance(made, dict) and "sha256" in made else None
+    parts = dict(sha256=str, dataset=str, origin=str, collect_seed=int)
+    return made if isinstance(made, dict) and all(isinstance(made.get(k), v) for k, v in parts.items()) else None
 
 
 def describe_dataset(info: dict[str, Any]) -> str:
@@ -1154,38 +1162,51 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]):
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-class ArraysOnly(pickle.Unpickler):
-    """Reads a pickle of plain containers and NumPy or JAX arrays. Raises UnpicklingError, with its name, for any other
-    global: nothing that a file names is ever called."""
+class PickledType:
+    """In place of numpy.dtype: the type of plain numbers that a pickle names."""
 
-    @staticmethod
-    def empty_array(kind, shape, code) -> np.ndarray:
-        """An array of no size, which its pickled state then fills."""
-        if kind != "ndarray" or shape != (0,):
+    def __init__(self, code, *_):
+        if not isinstance(code, str) or not re.fullmatch(r"[fiub]\d", code):
+            raise pickle.UnpicklingError(f"an array of type {code[:20] if isinstance(code, str) else '?'!r}")
+        self.numbers = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.numbers = self.numbers.newbyteorder(">" if state[1] == ">" else "<")
+
+
+class PickledArray:
+    """In place of numpy.ndarray: `array` is made of a pickle's bytes, and of nothing that it could call."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        _, shape, type_, fortran, content = state
+        if not isinstance(type_, PickledType) or not isinstance(content, bytes):
             raise pickle.UnpicklingError("an array that is not a plain one")
-        return np.empty(0, dtype=np.uint8)
+        numbers = np.frombuffer(content, type_.numbers)
+        self.array = numbers.reshape(shape, order="F" if fortran else "C")
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads a pickle of plain containers and NumPy or JAX arrays, each as a `PickledArray`.
+
+    Raises UnpicklingError, with its name, for any other global: nothing that a file names is ever called.
+    """
 
     @staticmethod
-    def jax_array(function, arguments, state, _) -> np.ndarray:
+    def jax_array(function, arguments, state, _) -> PickledArray:
         """A JAX array, which is pickled as a NumPy array's three parts and something about its type."""
-        array = ArraysOnly.empty_array(*arguments)
+        array = PickledArray()
         array.__setstate__(state)
         return array
 
-    @staticmethod
-    def dtype(code, *_) -> np.dtype:
-        """A type of plain numbers."""
-        found = np.dtype(code, copy=True) if isinstance(code, str) else None  # its state is set next
-        if found is None or found.kind not in "fiub":
-            raise pickle.UnpicklingError(f"an array of type {code!r}")
-        return found
-
     def find_class(self, module: str, name: str) -> Any:
         admitted = {
-            "numpy.core.multiarray._reconstruct": self.empty_array,
-            "numpy._core.multiarray._reconstruct": self.empty_array,
+            "numpy.core.multiarray._reconstruct": PickledArray,
+            "numpy._core.multiarray._reconstruct": PickledArray,
             "numpy.ndarray": "ndarray",
-            "numpy.dtype": self.dtype,
+            "numpy.dtype": PickledType,
             "jax._src.array._reconstruct_array": self.jax_array,
             "collections.OrderedDict": dict,
             "flax.core.frozen_dict.FrozenDict": dict,
@@ -1208,7 +1229,7 @@ def load_flax_actor(path: Path, flag: str, sizes: dict[str, Any]) -> dict[str, A
             tree = tree[key]
         layers = {"Dense": ("kernel", "bias"), "LayerNorm": ("scale", "bias")}
         count = {kind: sum(name.startswith(f"{kind}_") for name in tree) for kind in layers}
-        found = [tree[f"Dense_{i}"]["kernel"].shape for i in range(count["Dense"])]
+        found = [tree[f"Dense_{i}"]["kernel"].array.shape for i in range(count["Dense"])]
         chunk_dim = sizes["chunk_length"] * sizes["action_dim"]
         widths = [sizes["observation_dim"] + chunk_dim + 1, *sizes["hidden_dims"], chunk_dim]
         if found != list(itertools.pairwise(widths)) or bool(count["LayerNorm"]) != sizes["actor_layer_norm"]:
@@ -1220,7 +1241,7 @@ def load_flax_actor(path: Path, flag: str, sizes: dict[str, Any]) -> dict[str, A
         for i in range(count["Dense"]):  # Linear, GELU and LayerNorm, where there is one, follow each other in `net`
             for kind in layers if i < count["LayerNorm"] else ["Dense"]:
                 weight, bias = (
-                    torch.from_numpy(np.array(tree[f"{kind}_{i}"][key], np.float32)) for key in layers[kind]
+                    torch.from_numpy(tree[f"{kind}_{i}"][key].array.astype(np.float32)) for key in layers[kind]
                 )
                 state |= {f"net.{position}.weight": weight.T.contiguous() if kind == "Dense" else weight}
                 state |= {f"net.{position}.bias": bias}
@@ -1246,51 +1267,84 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
     if kind == "bc" and Path(path).suffix == ".pkl" and Path(path).is_file():
         return load_flax_actor(Path(path), flag, sizes)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
+            if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
+                raise ValueError("it is compressed, which ours are not")
             damaged = archive.testzip()  # torch reads a flipped bit as a number
         if damaged:
             raise ValueError(f"the checksum of its {damaged} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{flag}: {path} does not exist") from error
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({reason[:120]}); use another") from error
     found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    parts = (
-        {"sizes", "actor_slow"}
-        if kind == "bc"
-        else {"sizes", "args", "agent", "optimizer", "generator", "step", "rows", "device", "seconds", "dataset"}
-    )
-    if found == kind and "online_steps" in checkpoint.get("args", {}):
-        parts |= {"replay", "environment"}
-    if found == kind and parts - checkpoint.keys():
-        raise UserError(
-            f"{flag}: {path} lacks {', '.join(sorted(parts - checkpoint.keys()))}: it is damaged; use another"
-        )
-    if found != kind:
-        raise UserError(f"{flag}: {path} is a {found or 'foreign'} checkpoint, but one of {kind} is needed here")
+    if not isinstance(found, str) or found != kind:
+        found = found if isinstance(found, str) else "foreign"
+        raise UserError(f"{flag}: {path} is a {found[:40]} checkpoint, but one of {kind} is needed here")
+    types = dict(sizes=dict, actor_slow=dict)
+    if kind != "bc":
+        types = dict(sizes=dict, args=dict, agent=dict, optimizer=dict, generator=torch.Tensor, step=int, rows=dict)
+        types |= dict(device=str, seconds=float, dataset=dict)
+        online = isinstance(checkpoint.get("args"), dict) and "online_steps" in checkpoint["args"]
+        types |= dict(replay=dict, environment=dict) if online else {}
+    for part, type_ in types.items():
+        if part not in checkpoint:
+            raise UserError(f"{flag}: {path} lacks {part}: it is damaged; use another")
+        if not isinstance(checkpoint[part], type_):
+            raise UserError(f"{flag}: {path} is damaged, its {part} is of a wrong type; use another")
+    if kind != "bc":
+        try:
+            steps = [checkpoint["step"], *(checkpoint["rows"][name] for name in ("train.csv", "eval.csv"))]
+            steps += [checkpoint["args"][name] for name in ("bc_steps", "offline_steps")]
+            describe_dataset(checkpoint["dataset"])
+            if any(type(step) is not int or step < 0 for step in steps):
+                raise ValueError("its steps or rows are no counts")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{flag}: {path} is damaged ({error!r}); use another") from error
     for key, value in (sizes or {}).items():
-        found = checkpoint.get("sizes", {}).get(key)
+        found = checkpoint["sizes"].get(key)
         if found != value:
             raise UserError(f"{flag}: {path} has {key} {found}, but this run has {key} {value}")
     for name, weight in checkpoint["actor_slow" if kind == "bc" else "agent"].items():
+        held = (
+            weight.untyped_storage().nbytes() if type(weight) is torch.Tensor and weight.dtype == torch.float32 else 0
+        )
+        if not isinstance(name, str) or held < 4 * math.prod(getattr(weight, "shape", (1,))):
+            raise UserError(f"{flag}: {path} holds a {name} that is no plain float32 tensor; use another")
         if not torch.isfinite(weight).all():
             raise UserError(f"{flag}: {path} holds a {name} that is not finite; use another")
     return checkpoint
 
 
+@contextlib.contextmanager
+def restoring(args: Any):
+    """For the block that takes over what a checkpoint holds: UserError, with its name, where that does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        names = ("checkpoint",) if args.eval_only else ("resume", "checkpoint", "bc_checkpoint")
+        flag = next(name for name in names if getattr(args, name))
+        where = args.run_dir if flag == "resume" else getattr(args, flag)
+        raise UserError(
+            f"{flag_of(flag)}: the weights or numbers in {where} do not fit this run's networks; use another"
+        ) from error
+
+
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest, and the one before it
 
 
-def load_newest(kept: list[Path], kind: str) -> dict[str, Any]:
+def load_newest(kept: list[Path], kind: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """The newest of a run's checkpoints. Raises UserError where it is damaged, and names the older one, if whole."""
     try:
-        return load_checkpoint(kept[0], kind, "--resume")
+        return load_checkpoint(kept[0], kind, "--resume", sizes)
     except UserError as error:
         for older in kept[1:]:
             try:
-                step = load_checkpoint(older, kind, "--resume")["step"]
+                step = load_checkpoint(older, kind, "--resume", sizes)["step"]
             except UserError:
                 continue
             raise UserError(
@@ -1343,7 +1397,12 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-MOST_STEPS = 10**9  # of a stage
+MOST_STEPS = 10**9  # of a stage; no other number is larger either
+MOST = dict(  # of what is smaller still, far beyond any use
+    seed=2**32 - 1, collect_seed=2**32 - 1, num_threads=os.cpu_count() or 1, eval_episodes=10**5, best_of_n=10**5,
+    collect_episodes=10**6, utd_ratio=10**4, flow_steps=10**4, num_critics=10**4, chunk_length=10**4,
+    hidden_dims=10**6, batch_size=10**7,
+)  # fmt: skip
 NEVER = 2**62  # a step that no run reaches
 WORTH_COMPILING = 10_000  # updates, within which a minute and a half of compiling is won back at every size measured
 
@@ -1372,12 +1431,13 @@ def check_settings(args: Any):
             values = value if isinstance(value, tuple) else (value,)
             if field.name in names and not (values and all(fine(x) and math.isfinite(x) for x in values)):
                 raise UserError(f"{flag_of(field.name)} must be {words}, not {value}")
-    for name, most in (("seed", 2**32 - 1), ("collect_seed", 2**32 - 1), ("num_threads", os.cpu_count())):
-        if getattr(args, name) > most:
-            raise UserError(f"{flag_of(name)} must be at most {most} here, not {getattr(args, name)}")
-    for name in ("bc_steps", "offline_steps", "online_steps"):
-        if getattr(args, name, 0) > MOST_STEPS:
-            raise UserError(f"{flag_of(name)} must be at most {MOST_STEPS:,}, not {getattr(args, name)}")
+    for field in dataclasses.fields(args):
+        value, most = getattr(args, field.name), MOST.get(field.name, MOST_STEPS)
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, (int, float)) and x > most:
+                raise UserError(f"{flag_of(field.name)} must be at most {most:,}, not {x}")
+            if isinstance(x, str) and x.encode(errors="replace").decode() != x:
+                raise UserError(f"{flag_of(field.name)} holds bytes that are no text; rename that path")
     if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
     if getattr(args, "online_steps", 0) and args.learning_starts >= args.online_steps:
@@ -1446,7 +1506,7 @@ def parse_args(
             if stored_script != script:
                 raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
             args_class(**stored_args)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"--resume: {config} is damaged ({error!r}); start a new run in another folder") from error
         return override(args_class, stored_args, RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
     if args.eval_only:
@@ -1470,8 +1530,19 @@ def with_tuples(args_class: type, stored: dict[str, Any]) -> Any:
     return args_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
 
 
+def is_like(value: Any, default: Any) -> bool:
+    """Whether a stored setting is of its default's type. JSON knows no tuples; a whole number may stand for any."""
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and all(type(x) is int for x in value)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
+
+
 def override(args_class: type, stored: dict[str, Any], may_change: set[str], whose: str) -> Any:
     """Stored settings with the command line's on top. Raises UserError for one that may not change."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
+    for key, value in stored.items():
+        if key not in defaults or not is_like(value, defaults[key]):
+            raise UserError(f"{whose} holds the setting {key!r} as {str(value)[:40]!r}: it is damaged; use another")
     base = with_tuples(args_class, stored)
     args = quiet_cli(args_class, base)
     for key, value in dataclasses.asdict(base).items():
@@ -1491,25 +1562,24 @@ def run_script(
 ):
     """Parse the command line (see `parse_args`) and run `main`; a UserError ends the program with its one line and
     exit status 1."""
-    args = None
     try:
-        args = parse_args(args_class, settings, script, starts_from)
-        main(args)
+        main(parse_args(args_class, settings, script, starts_from))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split("\n")))
     except OSError as error:
         sys.exit(
             f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path, its rights and the disk"
         )
     except (MemoryError, RuntimeError) as error:
-        if "loading state_dict" in str(error):
-            flag = next(name for name in ("resume", "checkpoint", "bc_checkpoint") if getattr(args, name))
-            where = args.run_dir if args.resume else getattr(args, flag)
-            sys.exit(f"error: {flag_of(flag)}: the weights in {where} do not fit this run's networks; use another")
+        if "home directory" in str(error):  # of a user that a path names
+            sys.exit("error: a path begins with ~ and a user that this machine does not know; write it out")
         of_memory = MemoryError, torch.OutOfMemoryError  # on the CPU torch raises a plain RuntimeError
         if not isinstance(error, of_memory) and "can't allocate memory" not in str(error):
             raise
-        sys.exit("error: out of memory; use smaller --hidden-dims, --batch-size or --online-steps, or less data")
+        sys.exit(
+            "error: out of memory; use smaller --hidden-dims, --batch-size, --num-critics, --flow-steps, "
+            "--chunk-length, --best-of-n or --online-steps, or less data"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -1561,7 +1631,7 @@ class Run:
         kept, self.checkpoint = [self.path / name for name in CHECKPOINTS if (self.path / name).exists()], None
         self.resumes = args.resume and bool(kept)
         if self.resumes:
-            self.checkpoint = load_newest(kept, script)
+            self.checkpoint = load_newest(kept, script, sizes)
             self.check_steps("--resume")
             there = self.checkpoint["device"]
             if there != device.type:
@@ -1582,6 +1652,12 @@ class Run:
         tables = self.path if self.resumes or not self.checkpoint else Path(args.checkpoint).parent
         for name, kept in (self.checkpoint["rows"] if self.checkpoint else {}).items():
             columns, rows = read_csv(tables / name)
+            numbers = EVAL_COLUMNS[1:] if name == "eval.csv" else ("step",)
+            if len(rows) < kept or not all(is_row(row, numbers) for row in rows[:kept]):
+                raise UserError(
+                    f"{tables / name} is damaged: the {kept} rows that its checkpoint was written with are not all "
+                    "there; start a new run in another folder"
+                )
             if kept:  # rows written after the checkpoint will be written again
                 self.columns[name], self.rows[name] = columns, rows[:kept]
 
@@ -1997,6 +2073,14 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         return list(table.fieldnames or []), list(table)
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); start a new run in another folder") from error
+
+
+def is_row(row: dict[str, str], numbers: Iterable[str]) -> bool:
+    """Whether a table's row has a stage and these numbers."""
+    try:
+        return bool(row["stage"]) and all(math.isfinite(float(row[key])) or key.endswith("stderr") for key in numbers)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def duration(seconds: float) -> str:

@@ -523,34 +523,36 @@ def main(args: Args):
 
     if args.eval_only:
         checkpoint = common.load_checkpoint(args.checkpoint, SCRIPT, "--checkpoint", sizes)
-        agent.load_state_dict(checkpoint["agent"])
+        with common.restoring(args):
+            agent.load_state_dict(checkpoint["agent"])
         if checkpoint["step"] < bc_steps:
             agent.start_from_clone()
         return common.evaluate_checkpoint(args, agent.noise_dim, policy)
 
     run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device, STARTS_FROM)
-    fine_tuning = args.offline_steps + args.utd_ratio * args.online_steps
-    args = run.args = replace(args, compile=common.choose_compile(args.compile, device, fine_tuning))
-    if args.bc_checkpoint and not run.checkpoint:
-        prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
-        agent.actor_slow.load_state_dict(prior["actor_slow"])
-        agent.start_from_clone()
-    with run:
-        dataset = run.load_dataset()
-        known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
-        print(f"preset {args.preset}; {domain}: {known}; flags win over both")
-        environment = common.OnlineEnvironment(args.env_id, args.seed)
-        optimizer = agent.make_optimizer(args)
-        generator = torch.Generator(device).manual_seed(args.seed)
-        step = 0  # updates done, over all stages; online, environment steps
+    optimizer = agent.make_optimizer(args)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    step = 0  # updates done, over all stages; online, environment steps
+    with common.restoring(args):
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})
             if run.checkpoint["device"] == device.type:  # another kind's generator cannot go on here
                 generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
-            if run.checkpoint["kind"] == SCRIPT:
-                environment.load_state_dict(run.checkpoint["environment"])
+        elif args.bc_checkpoint:
+            prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
+            agent.actor_slow.load_state_dict(prior["actor_slow"])
+            agent.start_from_clone()
+    fine_tuning = args.offline_steps + args.utd_ratio * args.online_steps
+    args = run.args = replace(args, compile=common.choose_compile(args.compile, device, fine_tuning))
+    with run:
+        dataset = run.load_dataset()
+        known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
+        print(f"preset {args.preset}; {domain}: {known}; flags win over both")
+        environment = common.OnlineEnvironment(args.env_id, args.seed)
+        if run.checkpoint and run.checkpoint["kind"] == SCRIPT:
+            environment.load_state_dict(run.checkpoint["environment"])
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)

@@ -2,6 +2,7 @@
 traceback, and a file system that is as it was."""
 
 import hashlib
+import itertools
 import os
 import pickle
 import runpy
@@ -20,7 +21,6 @@ from test_runs import ANTMAZE, ENV, SCRIPTS, TINY_FOR, Hostile, saved
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY_SIZES = dict(env_id=ENV, bc_steps=12, chunk_length=4, hidden_dims=[16, 16])  # as a checkpoint holds them
 FINISHED = {}  # script -> folder of a finished run of it
 
 
@@ -105,6 +105,23 @@ def changed(path, change):
     return path
 
 
+def edited(script, folder, change):
+    """A copy of a finished run, with something changed in its checkpoint; without the one before it."""
+    run = run_of(script, folder, checkpoint_previous__pt=None)
+    changed(run / "checkpoint.pt", change)
+    return run
+
+
+def compressed(path):
+    """A checkpoint with its parts deflated."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    return path
+
+
 def bomb(folder, dataset):
     """Zeros that a small file holds 1,000 times over."""
     with zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -138,9 +155,12 @@ def written(path, content):
 
 
 def of_trqam(tmp_path, **args):
-    """A checkpoint.pt that trqam_offline.py might have written, with some settings; without any, parts are missing."""
-    parts = "optimizer generator step rows device seconds dataset".split() if args else []
-    torch.save(dict(kind="trqam_offline", sizes={}, args=args, agent={}, **dict.fromkeys(parts)), tmp_path / "trqam.pt")
+    """A checkpoint.pt of trqam_offline.py with some settings changed; without any, parts are missing."""
+    if args:
+        return changed(
+            run_of("trqam_offline", tmp_path) / "checkpoint.pt", lambda c: c["args"].update(bc_steps=12, **args)
+        )
+    torch.save(dict(kind="trqam_offline", sizes={}, args=args, agent={}), tmp_path / "trqam.pt")
     return tmp_path / "trqam.pt"
 
 
@@ -285,7 +305,7 @@ BAD_FOR = {
             ["--checkpoint", "has --env-id", "task2", "task1"],
         ),
         "a checkpoint of other sizes": (
-            lambda t, d: ["--checkpoint", of_trqam(t, **TINY_SIZES, num_critics=3)],
+            lambda t, d: ["--checkpoint", of_trqam(t, num_critics=3)],
             ["--checkpoint", "has --num-critics 3, which 2 cannot replace"],
         ),
     },
@@ -320,7 +340,7 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
     "no batch": (lambda t, d, s: ["--batch-size", 0], ["--batch-size", "greater than 0"]),
     "no critics": (lambda t, d, s: ["--num-critics", -1], ["--num-critics", "greater than 0"]),
     "no samples": (lambda t, d, s: ["--best-of-n", 0], ["--best-of-n", "greater than 0"]),
-    "steps below 0": (lambda t, d, s: ["--offline-steps", -5], ["--offline-steps", "0 or greater"]),
+    "offline steps below 0": (lambda t, d, s: ["--offline-steps", -5], ["--offline-steps", "0 or greater"]),
     "endless steps": (lambda t, d, s: ["--bc-steps", 10**15], ["--bc-steps", "at most 1,000,000,000"]),
     "seed below 0": (lambda t, d, s: ["--seed", -1], ["--seed", "0 or greater"]),
     "memory below 0": (lambda t, d, s: ["--max-data-gb", -1], ["--max-data-gb", "0 or greater"]),
@@ -402,6 +422,94 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
         ],
         ["--checkpoint", "critic.kernels.0", "not finite"],
     ),
+    "resuming from a checkpoint of wrong types": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c.update(agent=[1, 2]))],
+        ["--resume", "checkpoint.pt", "its agent is of a wrong type"],
+    ),
+    "resuming from a step below 0": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c.update(step=-5))],
+        ["--resume", "checkpoint.pt is damaged", "no counts"],
+    ),
+    "resuming from a checkpoint of another run": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c["sizes"].update(chunk_length=5))],
+        ["--resume", "checkpoint.pt has chunk_length 5", "this run has chunk_length 4"],
+    ),
+    "resuming weights of another shape": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c["agent"].update(
+            {name: torch.zeros(3) for name in c["agent"]}
+        ))],
+        ["--resume", "do not fit this run's networks"],
+    ),
+    "resuming an optimizer that is none": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c.update(optimizer={}))],
+        ["--resume", "do not fit this run's networks"],
+    ),
+    "resuming noise that is none": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c.update(generator=torch.zeros(3)))],
+        ["--resume", "do not fit this run's networks"],
+    ),
+    "a weight that is larger than its file": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c["agent"].update(
+            {"critic.kernels.0": torch.zeros(1).expand(10**12)}
+        ))],
+        ["--resume", "checkpoint.pt", "critic.kernels.0", "no plain float32 tensor"],
+    ),
+    "a checkpoint with lines for a name": (
+        lambda t, d, s: [
+            "--eval-only", "--checkpoint", edited(s, t, lambda c: c.update(kind="a\nb")) / "checkpoint.pt",
+        ],
+        ["--checkpoint", "is a a b checkpoint"],
+    ),
+    "a compressed prior": (
+        lambda t, d, s: ["--bc-checkpoint", compressed(saved(t))],
+        ["--bc-checkpoint", "bc.pt", "it is compressed"],
+    ),
+    "resuming with rows missing": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, eval__csv=lambda c: c[: c.index(b"\n") + 1])],
+        ["eval.csv is damaged", "another folder"],
+    ),
+    "resuming with words for numbers": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, eval__csv=lambda c: c.replace(b",0.", b",none"))],
+        ["eval.csv is damaged", "another folder"],
+    ),
+    "resuming with settings of wrong types": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, config__json=lambda c: c.replace(
+            b'"batch_size": 8', b'"batch_size": "many"'
+        ))],
+        ["--resume", "'batch_size' as 'many'"],
+    ),
+    "resuming with settings without end": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, config__json=lambda c: b"[" * 200_000)],
+        ["--resume", "config.json is damaged"],
+    ),
+    "a pipe for a dataset": (
+        lambda t, d, s: [os.mkfifo(t / "x.npz"), "--dataset-path", t / "x.npz"][1:],
+        ["x.npz", "it is no file"],
+    ),
+    "a pipe for a prior": (
+        lambda t, d, s: [os.mkfifo(t / "x.pt"), "--bc-checkpoint", t / "x.pt"][1:],
+        ["--bc-checkpoint", "x.pt", "it is no file"],
+    ),
+    "bytes in another order": (
+        lambda t, d, s: [
+            "--dataset-path", broken(t, d, observations=np.load(d)["observations"].astype(">f4")), "--batch-size", 2001,
+        ],
+        ["--batch-size 2001"],  # read as well as any
+    ),
+    "numbers too large to hold": (
+        lambda t, d, s: ["--dataset-path", broken(t, d, observations=np.full((2002, 2), 1e300))],
+        ["broken.npz", "observations", "finite"],
+    ),
+    "a home that is none": (lambda t, d, s: ["--run-dir", "~no-such-user/x"], ["~", "write it out"]),
+    "lines in a path": (lambda t, d, s: ["--dataset-path", "a\nb.npz"], ["--dataset-path", "a b.npz"]),
+    "bytes in a path": (lambda t, d, s: ["--run-dir", "x\udcff"], ["--run-dir", "no text"]),
+    "endless episodes": (lambda t, d, s: ["--eval-episodes", 10**9], ["--eval-episodes", "at most 100,000"]),
+    "endless samples": (lambda t, d, s: ["--best-of-n", 10**9], ["--best-of-n", "at most 100,000"]),
+    "endless critics": (lambda t, d, s: ["--num-critics", 10**30], ["--num-critics", "at most 10,000"]),
+    "endless width": (lambda t, d, s: ["--hidden-dims", 16, 10**19], ["--hidden-dims", "at most 1,000,000"]),
+    "endless flow": (lambda t, d, s: ["--flow-steps", 10**9], ["--flow-steps", "at most 10,000"]),
+    "endless collecting": (lambda t, d, s: ["--collect-episodes", 10**12], ["--collect-episodes", "at most 1,000,000"]),
+    "a rate beyond all": (lambda t, d, s: ["--learning-rate", 1e300], ["--learning-rate", "at most 1,000,000,000"]),
     "resuming another script's run": (
         lambda t, d, s: ["--resume", "--run-dir", run_of(other_than(s), t)],
         ["--resume", "is one of", ".py, not of"],
@@ -454,22 +562,17 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
         ["--resume: the run has done", "ask for at least as many"],
     ),
 }  # fmt: skip
-ALL = {
-    script: {case: (lambda t, d, flags=flags: flags(t, d), words) for case, (flags, words) in table.items()}
-    | {
-        case: (lambda t, d, flags=flags, script=script: flags(t, d, script), words)
-        for case, (flags, words) in MORE.items()
-    }
-    for script, table in ((script, BAD | BAD_FOR[script]) for script in SCRIPTS)
-}
+COMMON = {case: (lambda t, d, s, flags=flags: flags(t, d), words) for case, (flags, words) in BAD.items()} | MORE
+CASES = [*zip(itertools.cycle(SCRIPTS), COMMON)]  # what reads them is the same for all, so the scripts take turns
+CASES += [(script, case) for script in SCRIPTS for case in BAD_FOR[script]]
 
 
-@pytest.mark.parametrize("script, case", [(script, case) for script in SCRIPTS for case in ALL[script]])
+@pytest.mark.parametrize("script, case", CASES)
 def test_bad_input_is_one_line_before_anything_is_written(script, case, dataset, tmp_path):
     folder = tmp_path / "here"
     folder.mkdir()
-    flags, words = ALL[script][case]
-    flags = flags(folder, dataset)
+    flags, words = COMMON[case] if case in COMMON else BAD_FOR[script][case]
+    flags = flags(folder, dataset, script) if case in COMMON else flags(folder, dataset)
     before, data_before = contents(folder), contents(dataset.parent)
     given = (
         [] if "--resume" in flags[:1] or "--eval-only" in flags[:1] else [*TINY_FOR[script], "--dataset-path", dataset]
