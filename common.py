@@ -807,10 +807,8 @@ def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
         if array.shape != (rows, *shapes[key]):
             raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *shapes[key])}")
         if array.dtype.kind == "f":
-            with np.errstate(over="ignore"):
-                data[key] = array = array.astype(
-                    np.float32, copy=False
-                )  # as it is held; too large a number is infinite
+            with np.errstate(over="ignore"):  # as it is held, where too large a number is infinite
+                data[key] = array = array.astype(np.float32, copy=False)
         if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
             raise UserError(f"{path}: {key} holds values that are not finite numbers; collect or fetch the file again")
     relabel_dataset(env.spec.id, env, data)
@@ -1182,7 +1180,7 @@ class PickledArray:
 
     def __setstate__(self, state):
         _, shape, type_, fortran, content = state
-        if not isinstance(type_, PickledType) or not isinstance(content, bytes):
+        if not isinstance(type_, PickledType) or not isinstance(content, (bytes, bytearray)):
             raise pickle.UnpicklingError("an array that is not a plain one")
         numbers = np.frombuffer(content, type_.numbers)
         self.array = numbers.reshape(shape, order="F" if fortran else "C")
@@ -1201,10 +1199,21 @@ class ArraysOnly(pickle.Unpickler):
         array.__setstate__(state)
         return array
 
+    @staticmethod
+    def from_buffer(content, type_, shape, order) -> PickledArray:
+        """A NumPy array as pickle's protocol 5 has it."""
+        array = PickledArray()
+        array.__setstate__((1, shape, type_, order == "F", content))
+        return array
+
     def find_class(self, module: str, name: str) -> Any:
         admitted = {
             "numpy.core.multiarray._reconstruct": PickledArray,
             "numpy._core.multiarray._reconstruct": PickledArray,
+            "numpy.core.numeric._frombuffer": self.from_buffer,
+            "numpy._core.numeric._frombuffer": self.from_buffer,
+            "numpy.core.multiarray.scalar": PickledArray,  # of which nothing is read
+            "numpy._core.multiarray.scalar": PickledArray,
             "numpy.ndarray": "ndarray",
             "numpy.dtype": PickledType,
             "jax._src.array._reconstruct_array": self.jax_array,
@@ -1301,6 +1310,8 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
             steps = [checkpoint["step"], *(checkpoint["rows"][name] for name in ("train.csv", "eval.csv"))]
             steps += [checkpoint["args"][name] for name in ("bc_steps", "offline_steps")]
             describe_dataset(checkpoint["dataset"])
+            if checkpoint.get("environment"):
+                [checkpoint["environment"][name] for name in ("episode", "actions", "chunk", "observation", "taken")]
             if any(type(step) is not int or step < 0 for step in steps):
                 raise ValueError("its steps or rows are no counts")
         except (KeyError, TypeError, ValueError) as error:
@@ -1886,7 +1897,10 @@ class Run:
         self.check_finite({})
         if self.evaluator is None:
             self.start_evaluator()
-        scores = self.evaluator.evaluate(policy, self.args.best_of_n)
+        try:
+            scores = self.evaluator.evaluate(policy, self.args.best_of_n)
+        except UserError as error:
+            raise UserError(f"at step {step} of {stage}, {error}") from error
         self.append("eval.csv", {"stage": stage, "step": step, **{key: scores[key] for key in EVAL_COLUMNS[2:]}})
         for key, value in scores.items():
             self.writer.add_scalar(

@@ -437,7 +437,7 @@ def flax_actor(actor, wrap=lambda array: array):
     for i, layer in enumerate(layer for layer in actor.net if isinstance(layer, torch.nn.LayerNorm)):
         mlp[f"LayerNorm_{i}"] = dict(scale=wrap(layer.weight.detach().numpy()), bias=wrap(layer.bias.detach().numpy()))
     others = dict(modules_critic={}, modules_actor_slow=dict(mlp=mlp))
-    return dict(agent=dict(rng=np.zeros(2, np.uint32), network=dict(step=300_000, params=others)))
+    return dict(agent=dict(rng=np.zeros(2, np.uint32), network=dict(step=np.int32(300_000), params=others)))
 
 
 class JaxArray:
@@ -458,15 +458,16 @@ jax_array._reconstruct_array.__module__, jax_array._reconstruct_array.__qualname
 )
 
 
+@pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("wrap", [lambda array: array, JaxArray], ids=["numpy", "jax"])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_the_authors_cloned_policies_are_read(wrap, layer_norm, tmp_path, monkeypatch):
+def test_the_authors_cloned_policies_are_read(wrap, layer_norm, protocol, tmp_path, monkeypatch):
     for name, module in {"jax": None, "jax._src": None, "jax._src.array": jax_array}.items():
         monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
     actor = trqam_offline.VelocityField(2, 8, (16, 24), layer_norm)
     for parameter in actor.parameters():
         torch.nn.init.normal_(parameter)
-    (tmp_path / "params_300000.pkl").write_bytes(pickle.dumps(flax_actor(actor, wrap), protocol=4))
+    (tmp_path / "params_300000.pkl").write_bytes(pickle.dumps(flax_actor(actor, wrap), protocol=protocol))
     sizes = dict(domain="x", observation_dim=2, action_dim=2, chunk_length=4, hidden_dims=(16, 24))
     sizes["actor_layer_norm"] = layer_norm
     monkeypatch.delitem(sys.modules, "jax")  # reading needs none of it
@@ -502,6 +503,7 @@ class Hostile:
     (Hostile(np.load, "x.npy"), "numpy.load"),
     (Hostile(np.ndarray, (3,)), "cannot be read"),
     (np.array([Hostile(os.system, "touch harmed")], dtype=object), "an array of type 'O8'"),
+    (np.zeros(3, dtype="datetime64[s]"), "an array of type 'M8'"),
     (dict(agent=3), "cannot be read"),
     ("text", "cannot be read"),
 ])  # fmt: skip
@@ -649,11 +651,11 @@ def test_actions_and_observations_that_are_not_finite_end_the_run(script, turn_b
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 30  # the end of the offline stage
 
 
-def test_an_evaluated_action_that_is_not_finite_is_named(monkeypatch):
-    evaluator = common.Evaluator(ENV, 4, 1, seed=0, noise_dim=8)
-    with pytest.raises(common.UserError, match="an action in the evaluation is not finite"):
-        evaluator.evaluate(lambda observation, noise: torch.full((len(observation), 8), math.nan))
-    evaluator.close()
+def test_an_evaluated_action_that_is_not_finite_is_named(dataset, monkeypatch):
+    act = trqam_offline.act
+    monkeypatch.setattr(trqam_offline, "act", lambda *parts: act(*parts) * math.nan)
+    said = start("trqam_offline", monkeypatch, *TINY, "--dataset-path", dataset, "--run-dir", "run")
+    assert said.startswith("error: at step 12 of bc, an action in the evaluation is not finite") and "\n" not in said
 
 
 class NoWaiting(TorchDispatchMode):
