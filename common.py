@@ -35,7 +35,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,15 +57,15 @@ class UserError(Exception):
     """Something the user can mend; its text is one line that says what is wrong, where, and what to do."""
 
 
-def check_finite(name: str, array: np.ndarray):
-    """Raise UserError, with its name and first bad place, for an array that holds a number that is not finite."""
+class NotFinite(UserError):
+    """An array that holds a number that is not finite; `Run` adds what to do."""
+
+
+def require_finite(name: str, array: np.ndarray):
+    """Raise NotFinite, with the array's name and the first bad place, where a number in it is not finite."""
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
-        place, value = bad[0].tolist(), array[tuple(bad[0])]
-        raise UserError(
-            f"{name} is not finite (number {place} is {value}): either training diverged, then try a lower "
-            "--learning-rate, or the environment's simulation did; the last checkpoint is from before it"
-        )
+        raise NotFinite(f"{name} is not finite (number {bad[0].tolist()} is {array[tuple(bad[0])]})")
 
 
 # ---------------------------------------------------------------------------------------------------- environments
@@ -642,10 +642,10 @@ class OnlineEnvironment:
         """
         start, observation = time.perf_counter(), self.observation
         self.taken += 1
-        check_finite(f"the action of online step {self.taken}", action)
+        require_finite(f"the action of online step {self.taken}", action)
         self.observation, reward, terminated, truncated, info = self.env.step(action)
-        check_finite(f"the observation after online step {self.taken}", self.observation)
-        check_finite(f"the reward of online step {self.taken}", np.array(reward))
+        require_finite(f"the observation after online step {self.taken}", self.observation)
+        require_finite(f"the reward of online step {self.taken}", np.array(reward))
         self.rewards.append(float(reward))
         self.actions.append(action)
         transition = observation, action, float(reward), 1.0 - terminated, self.observation, terminated or truncated
@@ -726,8 +726,8 @@ def unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again")
 
 
-def npz_shapes(path: Path, keys: Iterable[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of arrays of an OGBench .npz file, by their headers.
+def npz_shapes(path: Path, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of arrays of an OGBench .npz file, by their headers.
 
     Raises UserError where it is none, lacks a key, or declares more than it can hold: nothing of it is unpacked.
     """
@@ -748,7 +748,7 @@ def npz_shapes(path: Path, keys: Iterable[str]) -> dict[str, tuple[tuple[int, ..
                 declared, unpacked = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size - header
                 if declared != unpacked and not dtype.hasobject:
                     raise ValueError(f"its {key} declares {declared:,} bytes and has {unpacked:,}")
-                shapes[key] = shape, dtype
+                shapes[key] = shape
             total = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
             if total > MOST_COMPRESSED * path.stat().st_size:
                 raise ValueError(f"it would unpack to {total / path.stat().st_size:,.0f} times its size")
@@ -759,12 +759,14 @@ def npz_shapes(path: Path, keys: Iterable[str]) -> dict[str, tuple[tuple[int, ..
         raise unreadable(path, error) from error
 
 
-def read_npz(path: Path, keys: Iterable[str]) -> dict[str, np.ndarray]:
+def read_npz(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
     """Arrays of an OGBench .npz file. Raises UserError as `npz_shapes`, or where the data is damaged."""
     npz_shapes(path, keys)
     try:
         with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in keys}
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged archive can raise nearly anything
         raise unreadable(path, error) from error
 
@@ -773,7 +775,7 @@ def bytes_on_device(path: Path) -> int:
     """That the rows of a dataset file will take, by its header. Raises UserError where it has none."""
     shapes = npz_shapes(path, ("observations", "actions"))
     try:
-        (rows, observation_dim), (_, action_dim) = (shape for shape, _ in shapes.values())
+        (rows, observation_dim), (_, action_dim) = shapes.values()
     except ValueError as error:
         raise UserError(f"{path}: observations and actions must be tables, not of shapes {shapes}") from error
     return 4 * rows * (observation_dim + action_dim + 2)  # a reward and a mask for each row
@@ -851,9 +853,9 @@ def load_dataset(
     else:
         files, info = [official_file(dataset_name, dataset_dir)], {"origin": "official"}
 
-    env, device = unplayed_env(env_id), torch.device(device)
+    device = torch.device(device)
 
-    def load(paths: list[Path]) -> ReplayBuffer:
+    def load(paths: list[Path], env: gymnasium.Env) -> ReplayBuffer:
         arrays = {key: [] for key in ("observations", "actions", "rewards", "masks", "terminals")}
         for path in paths:
             data = read_dataset_file(path, env)
@@ -873,11 +875,12 @@ def load_dataset(
     transitions = episodes = solved = 0
     for shard in shards:  # each is read once before any work, so that a damaged one is found now
         dataset = None  # which makes room for the next
-        dataset = load(shard)
+        dataset = load(shard, unplayed_env(env_id))
         transitions, episodes = transitions + dataset.size, episodes + len(dataset.ends)
         solved += int((dataset.masks == 0).sum())
     if rotating:
-        dataset = RotatingShards(files, lambda path: load([path]), device, drawn)
+        env = make_env(env_id)  # the background reader's alone
+        dataset = RotatingShards(files, lambda path: load([path], env), device, drawn)
     else:
         dataset.to(device)
     hashes = [file_hash(path) for path in files]
@@ -1003,9 +1006,9 @@ class Evaluator:
             observation = torch.from_numpy(observation[playing].astype(np.float32))
             chunks = np.zeros((len(slots), action_dim), dtype=np.float32)
             chunks[playing] = policy(observation, torch.from_numpy(np.stack(draws))).numpy(force=True)
-            check_finite("an action in the evaluation", chunks)
+            require_finite("an action in the evaluation", chunks)
             observation, reward, terminated, truncated, info = self.envs.step(chunks)
-            check_finite("an observation in the evaluation", observation[playing])
+            require_finite("an observation in the evaluation", observation[playing])
             for slot in playing:
                 episode = slots[slot]
                 results["return"][episode] += reward[slot]
@@ -1122,7 +1125,7 @@ def write_atomically(path: Path, content: bytes | Callable[[Any], None], previou
 
     content: the bytes, or a function that writes them to an open binary file. previous: where the old content is kept;
     for a moment it is there alone. Raises UserError where the disk is full or not writable; the old content is then
-    still there.
+    still there, under one of its names.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -1173,7 +1176,7 @@ class PickledType:
 
 
 class PickledArray:
-    """In place of numpy.ndarray: `array` is made of a pickle's bytes, and of nothing that it could call."""
+    """What arrays are made into: `array` is made of a pickle's bytes, and of nothing that it could call."""
 
     def __init__(self, *_):
         pass
@@ -1287,6 +1290,8 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{flag}: {path} does not exist") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({reason[:120]}); use another") from error
@@ -1310,11 +1315,18 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
             steps = [checkpoint["step"], *(checkpoint["rows"][name] for name in ("train.csv", "eval.csv"))]
             steps += [checkpoint["args"][name] for name in ("bc_steps", "offline_steps")]
             describe_dataset(checkpoint["dataset"])
-            if checkpoint.get("environment"):
-                [checkpoint["environment"][name] for name in ("episode", "actions", "chunk", "observation", "taken")]
+            parts = dict(
+                environment=("episode", "actions", "chunk", "observation", "last_episode", "taken"),
+                replay=("rows", "crc32", "size", "episodes", "ends") if checkpoint.get("replay") else (),
+            )
+            missing = [
+                key for part in parts if part in checkpoint for key in parts[part] if key not in checkpoint[part]
+            ]
+            if missing:
+                raise ValueError(f"it has no {missing[0]}")
             if any(type(step) is not int or step < 0 for step in steps):
                 raise ValueError("its steps or rows are no counts")
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{flag}: {path} is damaged ({error!r}); use another") from error
     for key, value in (sizes or {}).items():
         found = checkpoint["sizes"].get(key)
@@ -1331,17 +1343,26 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
     return checkpoint
 
 
+def of_memory(error: Exception) -> bool:
+    """Whether there was too little of it; on the CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
-def restoring(args: Any):
-    """For the block that takes over what a checkpoint holds: UserError, with its name, where that does not fit."""
+def restoring(args: Any, resumes: bool = False):
+    """For the block that takes over what a checkpoint holds: UserError, with its name, where that does not fit.
+
+    resumes: it is one of the run itself.
+    """
     try:
         yield
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        names = ("checkpoint",) if args.eval_only else ("resume", "checkpoint", "bc_checkpoint")
-        flag = next(name for name in names if getattr(args, name))
-        where = args.run_dir if flag == "resume" else getattr(args, flag)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if of_memory(error):
+            raise
+        flag, path = ("--checkpoint", args.checkpoint) if args.checkpoint else ("--bc-checkpoint", args.bc_checkpoint)
+        flag, path = ("--resume", args.run_dir) if resumes else (flag, path)
         raise UserError(
-            f"{flag_of(flag)}: the weights or numbers in {where} do not fit this run's networks; use another"
+            f"{flag}: the weights or numbers in {path} do not fit this run's networks; use another"
         ) from error
 
 
@@ -1408,8 +1429,8 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-MOST_STEPS = 10**9  # of a stage; no other number is larger either
-MOST = dict(  # of what is smaller still, far beyond any use
+LARGEST = 10**9  # of any setting
+MOST = dict(  # tighter bounds, still far beyond any use
     seed=2**32 - 1, collect_seed=2**32 - 1, num_threads=os.cpu_count() or 1, eval_episodes=10**5, best_of_n=10**5,
     collect_episodes=10**6, utd_ratio=10**4, flow_steps=10**4, num_critics=10**4, chunk_length=10**4,
     hidden_dims=10**6, batch_size=10**7,
@@ -1443,7 +1464,7 @@ def check_settings(args: Any):
             if field.name in names and not (values and all(fine(x) and math.isfinite(x) for x in values)):
                 raise UserError(f"{flag_of(field.name)} must be {words}, not {value}")
     for field in dataclasses.fields(args):
-        value, most = getattr(args, field.name), MOST.get(field.name, MOST_STEPS)
+        value, most = getattr(args, field.name), MOST.get(field.name, LARGEST)
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, (int, float)) and x > most:
                 raise UserError(f"{flag_of(field.name)} must be at most {most:,}, not {x}")
@@ -1516,7 +1537,6 @@ def parse_args(
             stored_script, stored_args = stored["script"], dict(stored["args"])
             if stored_script != script:
                 raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
-            args_class(**stored_args)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"--resume: {config} is damaged ({error!r}); start a new run in another folder") from error
         return override(args_class, stored_args, RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
@@ -1542,7 +1562,7 @@ def with_tuples(args_class: type, stored: dict[str, Any]) -> Any:
 
 
 def is_like(value: Any, default: Any) -> bool:
-    """Whether a stored setting is of its default's type. JSON knows no tuples; a whole number may stand for any."""
+    """Whether a stored setting is of its default's type. JSON knows no tuples; an int may stand for a float."""
     if isinstance(default, tuple):
         return isinstance(value, (list, tuple)) and all(type(x) is int for x in value)
     return type(value) is type(default) or (type(default) is float and type(value) is int)
@@ -1584,8 +1604,7 @@ def run_script(
     except (MemoryError, RuntimeError) as error:
         if "home directory" in str(error):  # of a user that a path names
             sys.exit("error: a path begins with ~ and a user that this machine does not know; write it out")
-        of_memory = MemoryError, torch.OutOfMemoryError  # on the CPU torch raises a plain RuntimeError
-        if not isinstance(error, of_memory) and "can't allocate memory" not in str(error):
+        if not of_memory(error):
             raise
         sys.exit(
             "error: out of memory; use smaller --hidden-dims, --batch-size, --num-critics, --flow-steps, "
@@ -1661,16 +1680,16 @@ class Run:
         self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
         self.rows = {"train.csv": [], "eval.csv": []}
         tables = self.path if self.resumes or not self.checkpoint else Path(args.checkpoint).parent
-        for name, kept in (self.checkpoint["rows"] if self.checkpoint else {}).items():
+        for name, count in (self.checkpoint["rows"] if self.checkpoint else {}).items():
             columns, rows = read_csv(tables / name)
             numbers = EVAL_COLUMNS[1:] if name == "eval.csv" else ("step",)
-            if len(rows) < kept or not all(is_row(row, numbers) for row in rows[:kept]):
+            if len(rows) < count or not all(is_row(row, numbers) for row in rows[:count]):
                 raise UserError(
-                    f"{tables / name} is damaged: the {kept} rows that its checkpoint was written with are not all "
+                    f"{tables / name} is damaged: the {count} rows that its checkpoint was written with are not all "
                     "there; start a new run in another folder"
                 )
-            if kept:  # rows written after the checkpoint will be written again
-                self.columns[name], self.rows[name] = columns, rows[:kept]
+            if count:  # rows written after the checkpoint will be written again
+                self.columns[name], self.rows[name] = columns, rows[:count]
 
     def check_steps(self, flag: str):
         """Raise UserError where the steps asked for are fewer than those done, or make one stage's steps another's."""
@@ -1697,6 +1716,9 @@ class Run:
         self.restore_signals()
         if (kind is KeyboardInterrupt or self.stopping) and self.writer:
             print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
+        if kind is NotFinite:
+            self.check_finite({})  # an update that was not finite before is the cause, and named instead
+            raise UserError(f"{error}: training diverged, or the simulation did; {self.way_out()}") from error
 
     def open(self):
         """Make the folder, with config.json, or open the one to resume: from here on the run can be resumed."""
@@ -1764,13 +1786,14 @@ class Run:
         args = self.args
         if args.collect_episodes and not args.dataset_path:
             dataset_name = split_env_id(args.env_id)[1]
-            check_collection(dataset_name, args.dataset_dir)
             transitions = args.collect_episodes * (official_size(dataset_name)[1] - 1)
             if max(args.batch_size, args.chunk_length) > transitions:
                 raise UserError(
                     f"--batch-size and --chunk-length must be at most the {transitions} transitions collected"
                 )
-            self.open()  # collecting is long; any other data is read, and checked, before a folder is made
+            check_collection(dataset_name, args.dataset_dir)
+            if not collected_path(dataset_name, args.collect_episodes, args.collect_seed, args.dataset_dir).exists():
+                self.open()  # collecting is long; data that is there is read, and checked, before a folder is made
         dataset, origin = load_dataset(
             args.env_id,
             chunk_length=args.chunk_length,
@@ -1843,7 +1866,7 @@ class Run:
     def tick(self, stage: str, step: int, statistics: dict[str, Any], updates: int = 1):
         """Count one step, `step` of `stage`: an update, or, online, a step in the environment with its updates.
 
-        Notes on the device, without waiting for it, since when each of the last update's statistics is not finite.
+        Records on the device, without waiting for it, the first step at which each statistic was not finite.
         """
         self.step += 1
         self.stage, self.stage_step = stage, step
@@ -1868,12 +1891,13 @@ class Run:
             bad = self.watched[steps.index(min(steps))]
             step -= self.step - min(steps)
         if bad:
-            kept = self.path / "checkpoint.pt"
-            way_out = f"{kept} is from before it" if kept.exists() else "no checkpoint is from before it"
-            raise UserError(
-                f"{bad} is not finite at step {step} of {self.stage}: training diverged; try a lower --learning-rate "
-                f"in a new run ({way_out})"
-            )
+            raise UserError(f"{bad} is not finite at step {step} of {self.stage}: training diverged; {self.way_out()}")
+
+    def way_out(self) -> str:
+        """What to do after something was not finite, in words."""
+        kept = self.path / CHECKPOINTS[0]
+        before = f"{kept} is" if kept.exists() else "no checkpoint is"
+        return f"try a lower --learning-rate in a new run ({before} from before it)"
 
     def log(self, statistics: dict[str, Any]):
         """Write a row of train.csv, and to TensorBoard, for the newest step. Waits for the device."""
@@ -1899,8 +1923,8 @@ class Run:
             self.start_evaluator()
         try:
             scores = self.evaluator.evaluate(policy, self.args.best_of_n)
-        except UserError as error:
-            raise UserError(f"at step {step} of {stage}, {error}") from error
+        except NotFinite as error:
+            raise NotFinite(f"at step {step} of {stage}, {error}") from error
         self.append("eval.csv", {"stage": stage, "step": step, **{key: scores[key] for key in EVAL_COLUMNS[2:]}})
         for key, value in scores.items():
             self.writer.add_scalar(
@@ -2092,8 +2116,13 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 def is_row(row: dict[str, str], numbers: Iterable[str]) -> bool:
     """Whether a table's row has a stage and these numbers."""
     try:
-        return bool(row["stage"]) and all(math.isfinite(float(row[key])) or key.endswith("stderr") for key in numbers)
-    except (KeyError, TypeError, ValueError):
+        return (
+            None not in row
+            and row["stage"]
+            and row["step"].isdigit()
+            and all(math.isfinite(float(row[key])) or key.endswith("stderr") for key in numbers)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
         return False
 
 

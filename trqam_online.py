@@ -533,7 +533,7 @@ def main(args: Args):
     optimizer = agent.make_optimizer(args)
     generator = torch.Generator(device).manual_seed(args.seed)
     step = 0  # updates done, over all stages; online, environment steps
-    with common.restoring(args):
+    with common.restoring(args, run.resumes):
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})

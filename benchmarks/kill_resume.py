@@ -41,7 +41,7 @@ CASES = {  # name -> (script, flags); "prior" is a finished run of trqam_offline
     "qam_baseline, with edits": ("qam_baseline", [*ONLINE, "--edit-scale", "0.2"]),
 }
 CLOCK = {"charts/SPS", "charts/environment_SPS", "charts/update_SPS"}  # columns
-OF_A_SITTING = {"seconds", "args"}  # entries of a checkpoint; args holds `resume`
+OF_A_SITTING = {"seconds", "resume"}  # entries of a checkpoint, and of its args
 
 
 @dataclass
@@ -65,12 +65,12 @@ def start(words: list[str], folder: Path) -> subprocess.Popen:
         return subprocess.Popen(words, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
 
 
-def moment(folder: Path) -> str:
-    """What a run was doing, by its files."""
+def moment(folder: Path, began: float) -> str:
+    """What a run that was started at a time, in seconds since the epoch, was doing, by its files."""
     run = folder / "run"
     if not (run / "config.json").exists():
         return "before its folder"
-    if any(folder.glob("*/.*.tmp")):
+    if any(path.stat().st_mtime > began for path in folder.glob("*/.*.tmp")):  # not one of an earlier sitting
         return "writing a file"
     if not any((folder / "data").glob("*-v0.json")):
         return "collecting"
@@ -86,12 +86,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def unequal(name: str, ours, theirs) -> list[str]:
     """Names of what differs between two nested values, bit by bit."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = (ours.keys() | theirs.keys()) - OF_A_SITTING
-        return [
-            found for key in sorted(keys, key=str) for found in unequal(f"{name}/{key}", ours.get(key), theirs.get(key))
-        ]
-    same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-    return [] if same else [name]
+        if ours.keys() != theirs.keys():
+            return [name]
+        keys = ours.keys() - OF_A_SITTING
+        return [found for key in sorted(keys, key=str) for found in unequal(f"{name}/{key}", ours[key], theirs[key])]
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        bits = lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
+        return [] if bits(ours) == bits(theirs) else [name]
+    return [] if type(ours) is type(theirs) and ours == theirs else [name]
 
 
 def differences(whole: Path, resumed: Path) -> list[str]:
@@ -126,14 +128,14 @@ def kill_and_resume(case: str, whole: Path, folder: Path, seconds: float, most: 
     folder.mkdir()
     moments = []
     while True:
-        resume = (folder / "run" / "config.json").exists()
+        resume, began = (folder / "run" / "config.json").exists(), time.time()
         process = start(command(script, ["--run-dir", "run", "--resume"] if resume else [*TINY, *flags]), folder)
         try:
             status = process.wait(rng.uniform(0, seconds) if len(moments) < most else None)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            moments.append(moment(folder))
+            moments.append(moment(folder, began))
             continue
         if status:
             return moments, [f"a resumed run failed: {(folder / 'output').read_text().splitlines()[-1]}"]

@@ -8,6 +8,7 @@ prints them, a line a minute, and at the end their change from the second tenth 
 the last. With --output, the samples become a csv file that says where it ran.
 """
 
+import contextlib
 import csv
 import os
 import re
@@ -48,8 +49,9 @@ def descendants(process: int) -> list[int]:
     """A process and all that it started, directly or not."""
     found = [process]
     for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += [int(child) for child in task.read_text().split()]
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            for task in Path(f"/proc/{parent}/task").glob("*/children"):
+                found += [int(child) for child in task.read_text().split()]
     return found
 
 

@@ -251,13 +251,24 @@ def time_start(args: Args) -> list[dict[str, Any]]:
     root, steps = Path(__file__).resolve().parent.parent, "--bc-steps 1 --offline-steps 1 --compile off".split()
     with tempfile.TemporaryDirectory() as folder:
         data = common.collect_dataset("cube-single-play-v0", 1, 0, folder)
-        command = [sys.executable, str(root / f"{args.script}.py"), "--env-id", ENV_ID, "--device", args.device, *steps]
+        command = [
+            sys.executable,
+            "-u",
+            str(root / f"{args.script}.py"),
+            "--env-id",
+            ENV_ID,
+            "--device",
+            args.device,
+            *steps,
+        ]
         command += ["--dataset-path", str(data), "--run-dir", f"{folder}/run", "--num-threads", str(args.num_threads)]
         start = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            next(line for line in process.stdout if line.startswith("fine-tuning: "))
+            said = any(line.startswith("fine-tuning: ") for line in process.stdout)  # waits for that line
             seconds = time.perf_counter() - start
             process.kill()
+        if not said:
+            raise common.UserError(f"{' '.join(command)} ended before its first update: run it by hand to see why")
     return [dict(what="start-up to the end of four updates of each kind, plain", seconds=seconds)]
 
 

@@ -245,7 +245,7 @@ def test_kill_resume_finds_every_difference(tmp_path):
         (tmp_path / name / "data" / "x.npz").write_bytes(b"rows")
         (run / "replay.bin").write_bytes(b"rows")
         weights = {"net.0.weight": torch.arange(3.0), "lam": torch.tensor(1.0)}
-        state = dict(step=9, seconds=name, args=name, agent=weights, rows={"train.csv": 1})
+        state = dict(step=9, seconds=name, args=dict(resume=name), agent=weights, rows={"train.csv": 1})
         for file in ("checkpoint.pt", "checkpoint_previous.pt", "bc_checkpoint.pt"):
             torch.save(state, run / file)
         (run / "train.csv").write_text(f"stage,step,charts/SPS,losses/bc_loss\nbc,9,{len(name)},0.5\n")

@@ -1,5 +1,6 @@
-"""Whole runs of the scripts: resuming, what they write, and what they say to bad input. On pointmaze, which is fast."""
+"""Whole runs of the scripts: resuming, what they write, and how they end early. On pointmaze, which is fast."""
 
+import contextlib
 import csv
 import errno
 import json
@@ -586,7 +587,7 @@ def test_a_failed_download_says_how_to_go_on(env_id, way_out, tmp_path, monkeypa
 
 
 def test_divergence_is_named_and_ends_the_run(dataset, monkeypatch):
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--learning-rate", 1e30]
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--learning-rate", 1e9]
     said = start("trqam_offline", monkeypatch, *flags)
     assert "is not finite at step" in said and "of bc: training diverged" in said and "--learning-rate" in said
 
@@ -651,6 +652,15 @@ def test_actions_and_observations_that_are_not_finite_end_the_run(script, turn_b
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 30  # the end of the offline stage
 
 
+def test_online_the_update_that_was_not_finite_is_named_and_not_the_action_that_followed(dataset, monkeypatch):
+    gradient_turns_bad(
+        trqam_online, monkeypatch, 4 + 18 + 2
+    )  # the second online update, after the timed and the offline
+    flags = [*TINY_FOR["trqam_online"], "--dataset-path", dataset, "--run-dir", "run", "--log-interval", 100]
+    said = start("trqam_online", monkeypatch, *flags)
+    assert said.startswith("error: gradients/critic is not finite at step 4 of online: training diverged")
+
+
 def test_an_evaluated_action_that_is_not_finite_is_named(dataset, monkeypatch):
     act = trqam_offline.act
     monkeypatch.setattr(trqam_offline, "act", lambda *parts: act(*parts) * math.nan)
@@ -659,29 +669,43 @@ def test_an_evaluated_action_that_is_not_finite_is_named(dataset, monkeypatch):
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses every operation that brings a tensor's value to the program, and so waits for the device."""
+    """Refuses the operations that bring a tensor's value to the program, and so wait for the device."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        assert operation not in (
-            torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default,
-        ), operation  # fmt: skip
+        lists = [part for part in args if isinstance(part, (list, tuple))]
+        masks = [x for part in lists for x in part if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+        assert operation not in self.WAITING and not ("index" in str(operation) and masks), operation
         return operation(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_step_between_two_logs_waits_for_the_device(script, dataset, monkeypatch):
-    tick, mode, entered = common.Run.tick, NoWaiting(), []
+    tick, patch, stack, entered = common.Run.tick, pytest.MonkeyPatch(), contextlib.ExitStack(), []
+
+    def waits(tensor, *args, **kwargs):
+        raise AssertionError("a tensor's value was asked for")
 
     def watched(run, stage, step, statistics, updates=1):
         tick(run, stage, step, statistics, updates)
-        if stage == "offline" and step in (4, 6):  # from the end of step 4 to that of step 6
-            mode.__enter__() if step == 4 else mode.__exit__(None, None, None)
+        if (stage, step) == ("offline", 4):
+            stack.enter_context(NoWaiting())
+            for name in ("tolist", "numpy", "cpu", "item", "__float__", "__bool__"):  # which do not all go through it
+                patch.setattr(torch.Tensor, name, waits)
+        if (stage, step) == ("offline", 6):
+            patch.undo()
+            stack.close()
             entered.append(step)
 
     monkeypatch.setattr(common.Run, "tick", watched)
     flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run"]
     flags += ["--log-interval", 10, "--checkpoint-interval", 20]
-    assert start(script, monkeypatch, *flags) is None and entered == [4, 6]
+    try:
+        assert start(script, monkeypatch, *flags) is None and entered == [6]
+    finally:
+        patch.undo()
+        stack.close()
 
 
 def test_training_finishes_when_nothing_can_be_filmed(dataset, monkeypatch, capsys):
