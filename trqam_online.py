@@ -441,7 +441,7 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     optimizer.zero_grad()
     loss.backward()
     grad_norms = {  # of each network alone
-        f"gradients/{name}": nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
+        f"gradients/{name}": nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
         for name, network in agent.named_children()
         if not name.startswith("target")
     }
