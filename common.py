@@ -1681,6 +1681,8 @@ class Run:
         self.rows = {"train.csv": [], "eval.csv": []}
         tables = self.path if self.resumes or not self.checkpoint else Path(args.checkpoint).parent
         for name, count in (self.checkpoint["rows"] if self.checkpoint else {}).items():
+            if not self.resumes and not (tables / name).exists():
+                continue  # another run's checkpoint may come without its tables
             columns, rows = read_csv(tables / name)
             numbers = EVAL_COLUMNS[1:] if name == "eval.csv" else ("step",)
             if len(rows) < count or not all(is_row(row, numbers) for row in rows[:count]):
