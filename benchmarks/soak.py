@@ -81,6 +81,7 @@ def steps_done(run: Path) -> int:
 
 def main(args: Args):
     samples, began = [], time.monotonic()
+    where = dict(script=args.script, cpu=common.cpu_name(), commit=common.git_commit())
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, str(ROOT / f"{args.script}.py"), *TINY.split(), "--run-dir", str(run)]
@@ -108,7 +109,6 @@ def main(args: Args):
             f"{key}: {before:,.1f} in the second tenth of the time, {after:,.1f} in the last ({after - before:+,.1f})"
         )
     if args.output:
-        where = dict(script=args.script, cpu=common.cpu_name(), commit=common.git_commit())
         with open(args.output, "w", newline="") as file:
             table = csv.DictWriter(file, [*samples[0], *where], lineterminator="\n")
             table.writeheader()
