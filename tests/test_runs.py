@@ -26,6 +26,9 @@ import qam_baseline
 import trqam_offline
 import trqam_online
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import kill_resume
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"trqam_offline": trqam_offline, "trqam_online": trqam_online, "qam_baseline": qam_baseline}
 STRENGTH = {script: "--inverse-temperature" if "qam_b" in script else "--kl-budget" for script in SCRIPTS}  # above 0
@@ -65,28 +68,15 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-NO_CLOCK = {"charts/SPS": "", "charts/environment_SPS": "", "charts/update_SPS": ""}
-
-
 def differences(first, second):
-    """Names of what differs between two finished runs; the clock's columns aside."""
-    found = []
-    ours, theirs = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (first, second))
-    for key in ours.keys() - {"args", "seconds"}:
-        found += unequal(key, ours[key], theirs[key])
-    for table in ("train.csv", "eval.csv"):
-        ours, theirs = ([{**row, **NO_CLOCK} for row in rows(run / table)] for run in (first, second))
-        found += [table] if ours != theirs else []
-    return found
-
-
-def unequal(name, ours, theirs):
-    """Names of what differs between two nested values."""
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        return sum((unequal(f"{name} {key}", ours[key], theirs[key]) for key in ours), [])
-    same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
-    return [] if same else [name]
+    """Names of what differs between two finished runs; their folders, and the clock's columns, aside."""
+    ours, theirs = ({**torch.load(run / "checkpoint.pt", weights_only=True), "args": None} for run in (first, second))
+    tables = [
+        name
+        for name in ("train.csv", "eval.csv")
+        if kill_resume.rows_of(first / name) != kill_resume.rows_of(second / name)
+    ]
+    return kill_resume.unequal("checkpoint.pt", ours, theirs) + tables
 
 
 class Killed(BaseException):
