@@ -9,6 +9,7 @@ environments, and what a run writes (settings, logs, checkpoints, curves, video)
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -59,6 +60,11 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """An array that holds a number that is not finite; `Run` adds what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, or else its type: it may stand within our own one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def require_finite(name: str, array: np.ndarray):
@@ -1079,7 +1085,7 @@ def film_episodes(env_id: str, chunk_length: int, episodes: list[tuple[int, np.n
             imageio.v3.imwrite(folder / f"episode_{number}.mp4", np.stack(frames), fps=20, macro_block_size=16)
         sender.send(None)
     except Exception as error:
-        sender.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        sender.send(f"{type(error).__name__}: {first_line(error)}")
 
 
 # -------------------------------------------------------------------------------------------------------- run files
@@ -1264,82 +1270,93 @@ def load_flax_actor(path: Path, flag: str, sizes: dict[str, Any]) -> dict[str, A
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile file can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{flag}: {path} is not ours, and cannot be read as one of the authors' ({reason[:120]}); use another"
+            f"{flag}: {path} is not ours, and cannot be read as one of the authors' ({first_line(error)}); use another"
         ) from error
 
 
-def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a checkpoint as plain data and tensors, on the CPU.
+def read_checkpoint(path: Path) -> Any:
+    """What `torch.save` wrote, as plain data and tensors on the CPU. A damaged file can raise nearly anything."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
+            raise ValueError("it is compressed, which ours are not")
+        damaged = archive.testzip()  # torch reads a flipped bit as a number
+    if damaged:
+        raise ValueError(f"the checksum of its {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
-    kind: the program that must have written it, or "bc". sizes: what its sizes, and domain, must be.
-    Raises UserError, naming `flag` and both sides, where it cannot be read or is another one.
-    """
-    if kind == "bc" and Path(path).suffix == ".pkl" and Path(path).is_file():
-        return load_flax_actor(Path(path), flag, sizes)
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is no file")
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
-                raise ValueError("it is compressed, which ours are not")
-            damaged = archive.testzip()  # torch reads a flipped bit as a number
-        if damaged:
-            raise ValueError(f"the checksum of its {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{flag}: {path} does not exist") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({reason[:120]}); use another") from error
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if not isinstance(found, str) or found != kind:
-        found = found if isinstance(found, str) else "foreign"
-        raise UserError(f"{flag}: {path} is a {found[:40]} checkpoint, but one of {kind} is needed here")
-    types = dict(sizes=dict, actor_slow=dict)
-    if kind != "bc":
+
+def check_parts(checkpoint: dict[str, Any]):
+    """Raise ValueError or LookupError where a checkpoint lacks what is read of its kind, or holds another type."""
+    if checkpoint["kind"] == "bc":
+        types = dict(sizes=dict, actor_slow=dict)
+    else:
         types = dict(sizes=dict, args=dict, agent=dict, optimizer=dict, generator=torch.Tensor, step=int, rows=dict)
         types |= dict(device=str, seconds=float, dataset=dict)
         online = isinstance(checkpoint.get("args"), dict) and "online_steps" in checkpoint["args"]
         types |= dict(replay=dict, environment=dict) if online else {}
     for part, type_ in types.items():
         if part not in checkpoint:
-            raise UserError(f"{flag}: {path} lacks {part}: it is damaged; use another")
+            raise ValueError(f"it lacks {part}")
         if not isinstance(checkpoint[part], type_):
-            raise UserError(f"{flag}: {path} is damaged, its {part} is of a wrong type; use another")
-    if kind != "bc":
-        try:
-            steps = [checkpoint["step"], *(checkpoint["rows"][name] for name in ("train.csv", "eval.csv"))]
-            steps += [checkpoint["args"][name] for name in ("bc_steps", "offline_steps")]
-            describe_dataset(checkpoint["dataset"])
-            parts = dict(
-                environment=("episode", "actions", "chunk", "observation", "last_episode", "taken"),
-                replay=("rows", "crc32", "size", "episodes", "ends") if checkpoint.get("replay") else (),
-            )
-            missing = [
-                key for part in parts if part in checkpoint for key in parts[part] if key not in checkpoint[part]
-            ]
-            if missing:
-                raise ValueError(f"it has no {missing[0]}")
-            if any(type(step) is not int or step < 0 for step in steps):
-                raise ValueError("its steps or rows are no counts")
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{flag}: {path} is damaged ({error!r}); use another") from error
+            raise ValueError(f"its {part} is of a wrong type")
+    if checkpoint["kind"] == "bc":
+        return
+    keys = dict(rows=("train.csv", "eval.csv"), args=("bc_steps", "offline_steps"))
+    if online:
+        keys["environment"] = ("episode", "actions", "chunk", "observation", "last_episode", "taken")
+        keys["replay"] = ("rows", "crc32", "size", "episodes", "ends") if checkpoint["replay"] else ()
+    missing = [f"{part}: {key}" for part in keys for key in keys[part] if key not in checkpoint[part]]
+    if missing:
+        raise ValueError(f"it lacks {missing[0]}")
+    counts = [checkpoint["step"], *(checkpoint[part][key] for part in ("rows", "args") for key in keys[part])]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("its steps or rows are no counts")
+    describe_dataset(checkpoint["dataset"])
+
+
+def check_weights(weights: dict[str, Any]):
+    """Raise ValueError where one is no finite float32 tensor that its own bytes fill."""
+    for name, weight in weights.items():
+        plain = isinstance(name, str) and type(weight) is torch.Tensor and weight.dtype == torch.float32
+        if not plain or weight.untyped_storage().nbytes() < 4 * weight.numel():
+            raise ValueError(f"its {name} is no plain float32 tensor")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"its {name} is not finite")
+
+
+def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint, and check all that is checked without the networks.
+
+    kind: the program that must have written it, or "bc". sizes: what its sizes, and domain, must be.
+    Raises UserError, naming `flag` and both sides, where it cannot be read or is another one.
+    """
+    path = Path(path)
+    if kind == "bc" and path.suffix == ".pkl" and path.is_file():
+        return load_flax_actor(path, flag, sizes)
+    try:
+        checkpoint = read_checkpoint(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{flag}: {path} does not exist") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({first_line(error)}); use another") from error
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if not isinstance(found, str) or found != kind:
+        found = found if isinstance(found, str) else "foreign"
+        raise UserError(f"{flag}: {path} is a {found[:40]} checkpoint, but one of {kind} is needed here")
+    try:
+        check_parts(checkpoint)
+        check_weights(checkpoint["actor_slow" if kind == "bc" else "agent"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{flag}: {path} is damaged: {first_line(error)}; use another") from error
     for key, value in (sizes or {}).items():
         found = checkpoint["sizes"].get(key)
         if found != value:
             raise UserError(f"{flag}: {path} has {key} {found}, but this run has {key} {value}")
-    for name, weight in checkpoint["actor_slow" if kind == "bc" else "agent"].items():
-        held = (
-            weight.untyped_storage().nbytes() if type(weight) is torch.Tensor and weight.dtype == torch.float32 else 0
-        )
-        if not isinstance(name, str) or held < 4 * math.prod(getattr(weight, "shape", (1,))):
-            raise UserError(f"{flag}: {path} holds a {name} that is no plain float32 tensor; use another")
-        if not torch.isfinite(weight).all():
-            raise UserError(f"{flag}: {path} holds a {name} that is not finite; use another")
     return checkpoint
 
 
@@ -1399,7 +1416,19 @@ def choose_device(device: str, num_threads: int) -> torch.device:
         )
     if num_threads:
         torch.set_num_threads(num_threads)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    return chosen
+
+
+def keep_freed_memory():
+    """Keep the memory of freed tensors for the next ones. The C library would give much of it back after each update,
+    and the system clear it again page by page: 2 to 5 % of a wide update. Only the GNU library can be told so."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of its malloc.h
+    if mallopt and mallopt(M_MMAP_THRESHOLD, 2**28):  # datasets are larger than that, tensors within an update smaller
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_compile(choice: str, device: torch.device, updates: int) -> str:
@@ -1412,13 +1441,12 @@ def choose_compile(choice: str, device: torch.device, updates: int) -> str:
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # no compiler, none of its headers, no Triton: each fails in its own way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if choice == "on":
             raise UserError(
-                f"--compile on: torch.compile does not work here ({reason[:200]}); install a C++ compiler (on a GPU: "
-                "Triton), or use --compile off"
+                f"--compile on: torch.compile does not work here ({first_line(error)}); install a C++ compiler "
+                "(on a GPU: Triton), or use --compile off"
             ) from error
-        print(f"not compiled, so slower: torch.compile does not work here ({reason[:200]})")
+        print(f"not compiled, so slower: torch.compile does not work here ({first_line(error)})")
         return "off"
     print("the update is compiled, which takes a minute or two before the first one (--compile off: none)")
     return "on"
