@@ -9,7 +9,6 @@ environments, and what a run writes (settings, logs, checkpoints, curves, video)
 import concurrent.futures
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -1416,19 +1415,7 @@ def choose_device(device: str, num_threads: int) -> torch.device:
         )
     if num_threads:
         torch.set_num_threads(num_threads)
-    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if chosen.type == "cpu":
-        keep_freed_memory()
-    return chosen
-
-
-def keep_freed_memory():
-    """Keep the memory of freed tensors for the next ones. The C library would give much of it back after each update,
-    and the system clear it again page by page: 2 to 5 % of a wide update. Only the GNU library can be told so."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of its malloc.h
-    if mallopt and mallopt(M_MMAP_THRESHOLD, 2**28):  # datasets are larger than that, tensors within an update smaller
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def choose_compile(choice: str, device: torch.device, updates: int) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -266,9 +265,9 @@ def test_kill_resume_finds_every_difference(tmp_path):
 def test_soak_counts_a_process_and_its_workers():
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        while "python" not in Path(f"/proc/{child.pid}/cmdline").read_text():  # not yet started
-            time.sleep(0.01)
+    waits = "import sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()  # it has started
         found = soak.sample(os.getpid())
         child.stdin.close()
     assert found["workers"] >= 1 and found["memory_mib"] > 50 and found["worker_memory_mib"] > 1
