@@ -1378,7 +1378,7 @@ def restoring(args: Any, resumes: bool = False):
         flag, path = ("--checkpoint", args.checkpoint) if args.checkpoint else ("--bc-checkpoint", args.bc_checkpoint)
         flag, path = ("--resume", args.run_dir) if resumes else (flag, path)
         raise UserError(
-            f"{flag}: the weights or numbers in {path} do not fit this run's networks; use another"
+            f"{flag}: the weights or numbers in {path} do not fit this run's networks or environment; use another"
         ) from error
 
 

@@ -572,12 +572,14 @@ def main(args: Args):
     run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)
     optimizer = agent.make_optimizer(args)
     generator = torch.Generator(device).manual_seed(args.seed)
+    environment = common.OnlineEnvironment(args.env_id, args.seed)
     step = 0  # updates done, over all stages; online, environment steps
     with common.restoring(args, run.resumes):
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
             optimizer.load_state_dict(run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
+            environment.load_state_dict(run.checkpoint["environment"])
             step = run.checkpoint["step"]
         elif args.bc_checkpoint:
             prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
@@ -589,9 +591,6 @@ def main(args: Args):
         dataset = run.load_dataset()
         known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
         print(f"preset {args.preset}; {domain}: {known}; flags win over both")
-        environment = common.OnlineEnvironment(args.env_id, args.seed)
-        if run.checkpoint:
-            environment.load_state_dict(run.checkpoint["environment"])
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)

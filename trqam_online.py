@@ -532,6 +532,7 @@ def main(args: Args):
     run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device, STARTS_FROM)
     optimizer = agent.make_optimizer(args)
     generator = torch.Generator(device).manual_seed(args.seed)
+    environment = common.OnlineEnvironment(args.env_id, args.seed)
     step = 0  # updates done, over all stages; online, environment steps
     with common.restoring(args, run.resumes):
         if run.checkpoint:
@@ -539,6 +540,8 @@ def main(args: Args):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})
             if run.checkpoint["device"] == device.type:  # another kind's generator cannot go on here
                 generator.set_state(run.checkpoint["generator"])
+            if run.checkpoint["kind"] == SCRIPT:
+                environment.load_state_dict(run.checkpoint["environment"])
             step = run.checkpoint["step"]
         elif args.bc_checkpoint:
             prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
@@ -550,9 +553,6 @@ def main(args: Args):
         dataset = run.load_dataset()
         known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
         print(f"preset {args.preset}; {domain}: {known}; flags win over both")
-        environment = common.OnlineEnvironment(args.env_id, args.seed)
-        if run.checkpoint and run.checkpoint["kind"] == SCRIPT:
-            environment.load_state_dict(run.checkpoint["environment"])
 
         twin = copy.deepcopy(agent)  # is timed, and thrown away
         trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)

@@ -285,6 +285,14 @@ BAD_FOR = {
             lambda t, d: ["--resume", "--run-dir", run_of("trqam_online", t, replay__bin=None)],
             ["--resume", "replay.bin is damaged or missing"],
         ),
+        "resuming an episode that cannot be played": (
+            lambda t, d: [
+                "--resume",
+                "--run-dir",
+                edited("trqam_online", t, lambda c: c["environment"].update(actions=torch.zeros(3, 2))),
+            ],
+            ["--resume", "do not fit this run's networks or environment"],
+        ),
         "a checkpoint that is none": (
             lambda t, d: ["--checkpoint", d],
             ["--checkpoint", "damaged or not a checkpoint"],
@@ -314,6 +322,14 @@ BAD_FOR = {
         "edits below 0": (lambda t, d: ["--edit-scale", -0.1], ["--edit-scale", "between 0 and 1", "-0.1"]),
         "edits above 1": (lambda t, d: ["--edit-scale", 1.5], ["--edit-scale", "between 0 and 1", "1.5"]),
         "edits not a number": (lambda t, d: ["--edit-scale", "nan"], ["--edit-scale", "between 0 and 1"]),
+        "resuming an episode that is none": (
+            lambda t, d: [
+                "--resume",
+                "--run-dir",
+                edited("qam_baseline", t, lambda c: c["environment"].update(episode="two")),
+            ],
+            ["--resume", "do not fit this run's networks or environment"],
+        ),
         "another algorithm's checkpoint as prior": (
             lambda t, d: ["--bc-checkpoint", of_trqam(t)],
             ["--bc-checkpoint", "is a trqam_offline checkpoint", "one of bc is needed"],

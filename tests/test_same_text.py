@@ -72,7 +72,7 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
             "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device, STARTS_FROM)",
             'optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})',
             'if run.checkpoint["device"] == device.type:  # another kind\'s generator cannot go on here',
-            'if run.checkpoint and run.checkpoint["kind"] == SCRIPT:',
+            'if run.checkpoint["kind"] == SCRIPT:',
             'if step >= bc_steps and not run.rows["eval.csv"]:',
             'run.evaluate("offline" if step > bc_steps else "bc", step - bc_steps, policy)',
         },
