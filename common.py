@@ -25,6 +25,7 @@ import os
 import pickle
 import platform
 import re
+import reprlib
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 import warnings
 import zipfile
 import zlib
@@ -537,19 +539,21 @@ class ReplayBuffer(ChunkDataset):
 
         The running episode's newest observation is not in the file: the next `append` brings it.
         """
-        if not state["rows"]:
-            return
         widths = [self.observations.shape[1], self.actions.shape[1], 1, 1]
-        rows, numbers = state["rows"], state["rows"] * sum(widths)
-        stored = np.fromfile(path, np.float32, numbers) if path.exists() else np.empty(0, np.float32)
-        if len(stored) < numbers or zlib.crc32(stored) != state["crc32"]:
+        rows, numbers, ends = state["rows"], state["rows"] * sum(widths), state["ends"]
+        fits = state["size"] + state["episodes"] == self.offline_rows + rows and self.offline_size <= state["size"]
+        fits = fits and ends.shape == (state["episodes"],) and ends.dtype == torch.int64
+        fits = fits and bool((ends.diff() > 0).all() and (0 < ends).all() and (ends <= state["size"]).all())
+        fits = fits and 4 * numbers <= (path.stat().st_size if path.is_file() else 0)
+        stored = np.fromfile(path, np.float32, numbers) if fits and rows else np.empty(0, np.float32)
+        if not fits or zlib.crc32(stored) != state["crc32"]:
             raise UserError(f"--resume: {path} is damaged or missing, so this run cannot go on; start a new one")
         while len(self.ends) <= state["episodes"]:
             self.add_rows(self.spare_episodes)
         for name, column in zip(self.ROWS, torch.from_numpy(stored.reshape(-1, sum(widths))).split(widths, dim=1)):
             array = getattr(self, name)
             array[self.offline_rows :][:rows] = column.reshape(rows, *array.shape[1:])
-        self.ends[: state["episodes"]] = state["ends"]
+        self.ends[: state["episodes"]] = ends
         self.size, self.episodes = state["size"], state["episodes"]
         self.saved_rows, self.saved_crc32 = rows, state["crc32"]
 
@@ -672,16 +676,20 @@ class OnlineEnvironment:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        actions = torch.from_numpy(np.array(self.actions, dtype=np.float32))
+        actions = torch.from_numpy(np.array(self.actions, np.float32).reshape(-1, *self.env.action_space.shape))
         state = {"episode": self.episode, "actions": actions, "chunk": torch.from_numpy(self.chunk.copy())}
         state |= {"observation": torch.as_tensor(self.observation), "last_episode": self.last_episode}
         return state | {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]):
         """Return to a state, by playing its running episode again from its start. Says so where that ends elsewhere."""
+        for name in ("actions", "chunk"):
+            if state[name].dtype != torch.float32 or state[name].shape[1:] != self.env.action_space.shape:
+                raise ValueError(f"{name} of another environment")
         self.begin(state["episode"])
         for action in state["actions"].numpy():
-            self.step(action)
+            if self.step(action)[-1]:
+                break  # it ended, which it had not
         self.last_episode, self.taken = state["last_episode"], state["taken"]
         if np.array_equal(self.observation, state["observation"].numpy()):
             self.chunk = state["chunk"].numpy()
@@ -813,9 +821,10 @@ def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
     for key, array in data.items():
         if array.shape != (rows, *shapes[key]):
             raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *shapes[key])}")
-        if array.dtype.kind == "f":
-            with np.errstate(over="ignore"):  # as it is held, where too large a number is infinite
-                data[key] = array = array.astype(np.float32, copy=False)
+        if array.dtype.kind in "fiub":
+            held = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+            with np.errstate(all="ignore"):  # too large a number is infinite, and refused below
+                data[key] = array = array.astype(held, copy=False)
         if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
             raise UserError(f"{path}: {key} holds values that are not finite numbers; collect or fetch the file again")
     relabel_dataset(env.spec.id, env, data)
@@ -1233,6 +1242,7 @@ class ArraysOnly(pickle.Unpickler):
         return admitted[f"{module}.{name}"]
 
 
+@np.errstate(all="ignore")  # too large a number becomes infinite, and is refused
 def load_flax_actor(path: Path, flag: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """The cloned policy of one of the authors' own checkpoints (params_300000.pkl), as `load_checkpoint` gives ours.
 
@@ -1287,11 +1297,22 @@ def read_checkpoint(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def check_tensors(tensors: dict[str, Any]):
+    """Raise ValueError where one is no finite tensor of numbers, or larger than the bytes it holds."""
+    for name, tensor in tensors.items():
+        plain = type(tensor) is torch.Tensor and tensor.dtype in (torch.float32, torch.float64, torch.int64)
+        plain = plain and tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        if not plain or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise ValueError(f"its {name} is no plain tensor")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"its {name} is not finite")
+
+
 def check_parts(checkpoint: dict[str, Any]):
-    """Raise ValueError or LookupError where a checkpoint lacks what is read of its kind, or holds another type."""
-    if checkpoint["kind"] == "bc":
-        types = dict(sizes=dict, actor_slow=dict)
-    else:
+    """Raise an error that says what is wrong where a checkpoint is not made as ours are, as far as can be told without
+    the networks and the data: where a part is missing, of another type, or holds what no run writes."""
+    types, online = dict(sizes=dict, actor_slow=dict), False
+    if checkpoint["kind"] != "bc":
         types = dict(sizes=dict, args=dict, agent=dict, optimizer=dict, generator=torch.Tensor, step=int, rows=dict)
         types |= dict(device=str, seconds=float, dataset=dict)
         online = isinstance(checkpoint.get("args"), dict) and "online_steps" in checkpoint["args"]
@@ -1302,28 +1323,29 @@ def check_parts(checkpoint: dict[str, Any]):
         if not isinstance(checkpoint[part], type_):
             raise ValueError(f"its {part} is of a wrong type")
     if checkpoint["kind"] == "bc":
-        return
-    keys = dict(rows=("train.csv", "eval.csv"), args=("bc_steps", "offline_steps"))
+        return check_tensors(checkpoint["actor_slow"])
+    rows, args, dataset = checkpoint["rows"], checkpoint["args"], checkpoint["dataset"]
+    if set(rows) != {"train.csv", "eval.csv"}:  # they name files
+        raise ValueError("its rows are those of other tables")
+    counts = [checkpoint["step"], *rows.values(), args["bc_steps"], args["offline_steps"]]
+    tensors = dict(checkpoint["agent"])
+    for i, moments in checkpoint["optimizer"]["state"].items():
+        tensors |= {f"{name} {i} of Adam": moments[name] for name in ("step", "exp_avg", "exp_avg_sq")}
     if online:
-        keys["environment"] = ("episode", "actions", "chunk", "observation", "last_episode", "taken")
-        keys["replay"] = ("rows", "crc32", "size", "episodes", "ends") if checkpoint["replay"] else ()
-    missing = [f"{part}: {key}" for part in keys for key in keys[part] if key not in checkpoint[part]]
-    if missing:
-        raise ValueError(f"it lacks {missing[0]}")
-    counts = [checkpoint["step"], *(checkpoint[part][key] for part in ("rows", "args") for key in keys[part])]
-    if any(type(count) is not int or count < 0 for count in counts):
+        environment, replay = checkpoint["environment"], checkpoint["replay"]
+        counts += [environment["episode"], environment["taken"]]
+        tensors |= {name: environment[name] for name in ("actions", "chunk", "observation")}
+        if any(type(value) not in (int, float) for value in environment["last_episode"].values()):
+            raise ValueError("its last_episode is of a wrong type")
+        if not dataset["rotating"]:
+            counts += [replay[name] for name in ("rows", "crc32", "size", "episodes")]
+            tensors["ends"] = replay["ends"]
+    if any(type(count) is not int or not 0 <= count < NEVER for count in counts):
         raise ValueError("its steps or rows are no counts")
-    describe_dataset(checkpoint["dataset"])
-
-
-def check_weights(weights: dict[str, Any]):
-    """Raise ValueError where one is no finite float32 tensor that its own bytes fill."""
-    for name, weight in weights.items():
-        plain = isinstance(name, str) and type(weight) is torch.Tensor and weight.dtype == torch.float32
-        if not plain or weight.untyped_storage().nbytes() < 4 * weight.numel():
-            raise ValueError(f"its {name} is no plain float32 tensor")
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"its {name} is not finite")
+    if type(dataset["rotating"]) is not bool:
+        raise ValueError("its dataset is of a wrong type")
+    describe_dataset(dataset)
+    check_tensors(tensors)
 
 
 def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -1349,11 +1371,15 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
         raise UserError(f"{flag}: {path} is a {found[:40]} checkpoint, but one of {kind} is needed here")
     try:
         check_parts(checkpoint)
-        check_weights(checkpoint["actor_slow" if kind == "bc" else "agent"])
-    except (LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{flag}: {path} is damaged: {first_line(error)}; use another") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if of_memory(error):
+            raise
+        missing = "it lacks " if isinstance(error, LookupError) else ""
+        raise UserError(f"{flag}: {path} is damaged: {missing}{first_line(error)}; use another") from error
     for key, value in (sizes or {}).items():
         found = checkpoint["sizes"].get(key)
+        if type(found) is not type(value):
+            raise UserError(f"{flag}: {path} is damaged: its {key} is of a wrong type; use another")
         if found != value:
             raise UserError(f"{flag}: {path} has {key} {found}, but this run has {key} {value}")
     return checkpoint
@@ -1372,7 +1398,7 @@ def restoring(args: Any, resumes: bool = False):
     """
     try:
         yield
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (NotFinite, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         if of_memory(error):
             raise
         flag, path = ("--checkpoint", args.checkpoint) if args.checkpoint else ("--bc-checkpoint", args.bc_checkpoint)
@@ -1380,6 +1406,16 @@ def restoring(args: Any, resumes: bool = False):
         raise UserError(
             f"{flag}: the weights or numbers in {path} do not fit this run's networks or environment; use another"
         ) from error
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]):
+    """Take over Adam's moments; its settings stay this run's. Raises ValueError where they are not of its parameters'
+    shapes: torch itself would write past their ends."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, moments in stored["state"].items():
+        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameters[i].shape or moments["step"].dim():
+            raise ValueError(f"moments {i} of Adam are of another shape")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
 
 
 CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest, and the one before it
@@ -1476,15 +1512,19 @@ def check_settings(args: Any):
         for field in dataclasses.fields(args):
             value = getattr(args, field.name)
             values = value if isinstance(value, tuple) else (value,)
-            if field.name in names and not (values and all(fine(x) and math.isfinite(x) for x in values)):
+            if field.name in names and not (values and all(fine(x) and abs(x) < math.inf for x in values)):
                 raise UserError(f"{flag_of(field.name)} must be {words}, not {value}")
     for field in dataclasses.fields(args):
         value, most = getattr(args, field.name), MOST.get(field.name, LARGEST)
         for x in value if isinstance(value, tuple) else (value,):
             if isinstance(x, (int, float)) and x > most:
                 raise UserError(f"{flag_of(field.name)} must be at most {most:,}, not {x}")
-            if isinstance(x, str) and x.encode(errors="replace").decode() != x:
+            if isinstance(x, str) and (x.encode(errors="replace").decode() != x or "\0" in x):
                 raise UserError(f"{flag_of(field.name)} holds bytes that are no text; rename that path")
+        if typing.get_origin(field.type) is typing.Literal and value not in typing.get_args(field.type):
+            raise UserError(
+                f"{flag_of(field.name)} must be one of {', '.join(typing.get_args(field.type))}, not {value}"
+            )
     if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
         raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
     if getattr(args, "online_steps", 0) and args.learning_starts >= args.online_steps:
@@ -1543,13 +1583,15 @@ def parse_args(
         raise UserError("--eval-only and --checkpoint go together: the one evaluates the other's policy")
     if args.resume:
         config = Path(args.run_dir).expanduser() / "config.json"
-        if not config.exists():
+        if not config.is_file():
             raise UserError(
                 f"--resume: {args.run_dir} holds no run (no config.json); leave out --resume to start one there"
             )
         try:
             stored = json.loads(config.read_text())
             stored_script, stored_args = stored["script"], dict(stored["args"])
+            if not isinstance(stored.get("resumed", []), list) or not isinstance(stored.get("started_from", {}), dict):
+                raise ValueError("its history is of a wrong type")
             if stored_script != script:
                 raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -1588,7 +1630,7 @@ def override(args_class: type, stored: dict[str, Any], may_change: set[str], who
     defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
     for key, value in stored.items():
         if key not in defaults or not is_like(value, defaults[key]):
-            raise UserError(f"{whose} holds the setting {key!r} as {str(value)[:40]!r}: it is damaged; use another")
+            raise UserError(f"{whose} holds the setting {key!r} as {reprlib.repr(value)}: it is damaged; use another")
     base = with_tuples(args_class, stored)
     args = quiet_cli(args_class, base)
     for key, value in dataclasses.asdict(base).items():
@@ -1678,6 +1720,12 @@ class Run:
         if self.resumes:
             self.checkpoint = load_newest(kept, script, sizes)
             self.check_steps("--resume")
+            for key, value in json.loads(json.dumps(dataclasses.asdict(args))).items():
+                if key not in RESUME_MAY_CHANGE and self.checkpoint["args"].get(key, value) != value:
+                    raise UserError(
+                        f"--resume: {self.path / 'config.json'} is damaged: it has {flag_of(key)} {value}, but the "
+                        f"checkpoint {reprlib.repr(self.checkpoint['args'][key])}; put that back"
+                    )
             there = self.checkpoint["device"]
             if there != device.type:
                 raise UserError(
@@ -1699,8 +1747,8 @@ class Run:
             if not self.resumes and not (tables / name).exists():
                 continue  # another run's checkpoint may come without its tables
             columns, rows = read_csv(tables / name)
-            numbers = EVAL_COLUMNS[1:] if name == "eval.csv" else ("step",)
-            if len(rows) < count or not all(is_row(row, numbers) for row in rows[:count]):
+            needed = EVAL_COLUMNS[1:] if name == "eval.csv" else ("step",)
+            if len(rows) < count or not all(is_row(row, needed) for row in rows[:count]):
                 raise UserError(
                     f"{tables / name} is damaged: the {count} rows that its checkpoint was written with are not all "
                     "there; start a new run in another folder"
@@ -1727,12 +1775,18 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if self.evaluator:
             self.evaluator.close(at_once=kind is not None)
-        for part in (self.bar, self.writer, self.lock):
-            if part:
-                part.close()
+        with contextlib.suppress(OSError if error else ()):  # of a full disk, which has been told
+            for part in (self.bar, self.lock, self.writer):
+                if part:
+                    part.close()
         self.restore_signals()
         if (kind is KeyboardInterrupt or self.stopping) and self.writer:
             print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
+        if isinstance(error, OSError) and self.writer:
+            raise UserError(
+                f"{error.filename or self.path}: {error.strerror or error}; mend that, and continue with --run-dir "
+                f"{self.path} --resume"
+            ) from error
         if kind is NotFinite:
             self.check_finite({})  # an update that was not finite before is the cause, and named instead
             raise UserError(f"{error}: training diverged, or the simulation did; {self.way_out()}") from error
@@ -1788,6 +1842,9 @@ class Run:
             wandb.init(project="trqam", name=self.path.name, config=settings, sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = lambda fault: (
+            None
+        )  # of TensorBoard's own thread, on a full disk: its next caller says so
         self.writer = SummaryWriter(str(self.path), purge_step=done + 1 if self.args.resume else None)
         if not self.resumes:
             table = "\n".join(f"|{key}|{value}|" for key, value in settings.items())
@@ -2100,15 +2157,20 @@ class Run:
 
 def evaluate_checkpoint(args: Any, noise_dim: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
     """Evaluate a finished policy and print the result; with args.capture_video, film it beside its checkpoint."""
-    evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed, noise_dim)
-    scores = evaluator.evaluate(policy, args.best_of_n)
-    words = ", ".join(
-        f"{key} {scores[key]:.3f} ± {scores[key + '_stderr']:.3f}" for key in ("success", "return", "length")
-    )
-    print(f"{args.env_id}, {scores['episodes']} episodes: {words}")
-    if args.capture_video:
-        evaluator.film(Path(args.checkpoint).parent / "videos")
-    evaluator.close()
+    evaluator, finished = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed, noise_dim), False
+    try:
+        scores = evaluator.evaluate(policy, args.best_of_n)
+        words = ", ".join(
+            f"{key} {scores[key]:.3f} ± {scores[key + '_stderr']:.3f}" for key in ("success", "return", "length")
+        )
+        print(f"{args.env_id}, {scores['episodes']} episodes: {words}")
+        if args.capture_video:
+            evaluator.film(Path(args.checkpoint).parent / "videos")
+        finished = True
+    except NotFinite as error:
+        raise UserError(f"--checkpoint: {args.checkpoint}: {error}; use another") from error
+    finally:
+        evaluator.close(at_once=not finished)
 
 
 def csv_text(columns: list[str], rows: Iterable[dict[str, Any]], header: bool = True) -> str:
@@ -2124,19 +2186,20 @@ def csv_text(columns: list[str], rows: Iterable[dict[str, Any]], header: bool = 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """(columns, rows) of a table; both empty where there is none."""
     try:
-        table = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
+        table = csv.DictReader(io.StringIO(path.read_text() if path.is_file() else ""))
         return list(table.fieldnames or []), list(table)
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); start a new run in another folder") from error
 
 
-def is_row(row: dict[str, str], numbers: Iterable[str]) -> bool:
-    """Whether a table's row has a stage and these numbers."""
+def is_row(row: dict[str, str], needed: Iterable[str]) -> bool:
+    """Whether a table's row has a stage, these numbers, and nothing else but numbers."""
     try:
+        numbers = [*needed, *(key for key in row if key != "stage" and row[key])]
         return (
-            None not in row
-            and row["stage"]
+            bool(row["stage"])
             and row["step"].isdigit()
+            and int(row["step"]) < NEVER
             and all(math.isfinite(float(row[key])) or key.endswith("stderr") for key in numbers)
         )
     except (KeyError, TypeError, ValueError, AttributeError):

@@ -577,7 +577,7 @@ def main(args: Args):
     with common.restoring(args, run.resumes):
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
-            optimizer.load_state_dict(run.checkpoint["optimizer"])
+            common.restore_optimizer(optimizer, run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
             environment.load_state_dict(run.checkpoint["environment"])
             step = run.checkpoint["step"]

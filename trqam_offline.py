@@ -504,7 +504,7 @@ def main(args: Args):
     with common.restoring(args, run.resumes):
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
-            optimizer.load_state_dict(run.checkpoint["optimizer"])
+            common.restore_optimizer(optimizer, run.checkpoint["optimizer"])
             generator.set_state(run.checkpoint["generator"])
             step = run.checkpoint["step"]
         elif args.bc_checkpoint:

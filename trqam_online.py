@@ -537,7 +537,7 @@ def main(args: Args):
     with common.restoring(args, run.resumes):
         if run.checkpoint:
             agent.load_state_dict(run.checkpoint["agent"])
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})
+            common.restore_optimizer(optimizer, run.checkpoint["optimizer"])
             if run.checkpoint["device"] == device.type:  # another kind's generator cannot go on here
                 generator.set_state(run.checkpoint["generator"])
             if run.checkpoint["kind"] == SCRIPT:

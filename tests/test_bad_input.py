@@ -285,11 +285,25 @@ BAD_FOR = {
             lambda t, d: ["--resume", "--run-dir", run_of("trqam_online", t, replay__bin=None)],
             ["--resume", "replay.bin is damaged or missing"],
         ),
+        "resuming more than was collected": (
+            lambda t, d: ["--resume", "--run-dir", edited("trqam_online", t, lambda c: c["replay"].update(size=10**9))],
+            ["--resume", "replay.bin is damaged or missing"],
+        ),
+        "resuming a report that is none": (
+            lambda t, d: [
+                "--resume",
+                "--run-dir",
+                edited(
+                    "trqam_online", t, lambda c: c["environment"].update(last_episode={"charts/online_return": "x"})
+                ),
+            ],
+            ["--resume", "checkpoint.pt is damaged", "last_episode"],
+        ),
         "resuming an episode that cannot be played": (
             lambda t, d: [
                 "--resume",
                 "--run-dir",
-                edited("trqam_online", t, lambda c: c["environment"].update(actions=torch.zeros(3, 2))),
+                edited("trqam_online", t, lambda c: c["environment"].update(actions=torch.zeros(3, 9))),
             ],
             ["--resume", "do not fit this run's networks or environment"],
         ),
@@ -322,13 +336,21 @@ BAD_FOR = {
         "edits below 0": (lambda t, d: ["--edit-scale", -0.1], ["--edit-scale", "between 0 and 1", "-0.1"]),
         "edits above 1": (lambda t, d: ["--edit-scale", 1.5], ["--edit-scale", "between 0 and 1", "1.5"]),
         "edits not a number": (lambda t, d: ["--edit-scale", "nan"], ["--edit-scale", "between 0 and 1"]),
+        "resuming a chunk of another length": (
+            lambda t, d: [
+                "--resume",
+                "--run-dir",
+                edited("qam_baseline", t, lambda c: c["environment"].update(chunk=torch.zeros(3, 1))),
+            ],
+            ["--resume", "do not fit this run's networks or environment"],
+        ),
         "resuming an episode that is none": (
             lambda t, d: [
                 "--resume",
                 "--run-dir",
                 edited("qam_baseline", t, lambda c: c["environment"].update(episode="two")),
             ],
-            ["--resume", "do not fit this run's networks or environment"],
+            ["--resume", "checkpoint.pt is damaged", "no counts"],
         ),
         "another algorithm's checkpoint as prior": (
             lambda t, d: ["--bc-checkpoint", of_trqam(t)],
@@ -456,8 +478,47 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
     ),
     "resuming an optimizer that is none": (
         lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c.update(optimizer={}))],
+        ["--resume", "checkpoint.pt is damaged", "lacks", "state"],
+    ),
+    "resuming moments of another shape": (  # which torch would write past
+        lambda t, d, s: ["--resume", "--run-dir", edited(
+            s, t, lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1))
+        )],
         ["--resume", "do not fit this run's networks"],
     ),
+    "resuming tables anywhere": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c["rows"].update({str(t / "new.csv"): -1}))],
+        ["--resume", "checkpoint.pt is damaged", "other tables"],
+    ),
+    "resuming weights that are not dense": (
+        lambda t, d, s: ["--resume", "--run-dir", edited(
+            s, t, lambda c: c["agent"].update({"critic.kernels.0": torch.eye(3).to_sparse()})
+        )],
+        ["--resume", "critic.kernels.0", "no plain tensor"],
+    ),
+    "resuming with other settings than the checkpoint's": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(
+            s, t, config__json=lambda c: c.replace(b'"bc_steps": 2', b'"bc_steps": 9')
+        )],
+        ["config.json is damaged", "--bc-steps 9", "checkpoint 2"],
+    ),
+    "resuming a mode that is none": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(
+            s, t, config__json=lambda c: c.replace(b'"compile": "off"', b'"compile": "maybe"')
+        )],
+        ["--compile must be one of", "not maybe"],
+    ),
+    "resuming a history that is none": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(
+            s, t, config__json=lambda c: c.replace(b"{", b'{"resumed": 5,', 1)
+        )],
+        ["--resume", "config.json is damaged", "history"],
+    ),
+    "resuming a table with words": (
+        lambda t, d, s: ["--resume", "--run-dir", run_of(s, t, train__csv=lambda c: c.replace(b"0.", b"x", 1))],
+        ["train.csv is damaged", "another folder"],
+    ),
+    "critics beyond all numbers": (lambda t, d, s: ["--num-critics", 10**400], ["--num-critics", "at most 10,000"]),
     "resuming noise that is none": (
         lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c.update(generator=torch.zeros(3)))],
         ["--resume", "do not fit this run's networks"],
@@ -466,7 +527,7 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
         lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c["agent"].update(
             {"critic.kernels.0": torch.zeros(1).expand(10**12)}
         ))],
-        ["--resume", "checkpoint.pt", "critic.kernels.0", "no plain float32 tensor"],
+        ["--resume", "checkpoint.pt", "critic.kernels.0", "no plain tensor"],
     ),
     "a checkpoint with lines for a name": (
         lambda t, d, s: [

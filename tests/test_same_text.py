@@ -19,7 +19,6 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
             "fine_tuning = args.offline_steps",
             "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)",
             "step = 0  # updates done, over both stages",
-            'optimizer.load_state_dict(run.checkpoint["optimizer"])',
             'run.announce("fine-tuning", total_steps - max(step, bc_steps), '
             'lambda: train_step(*trial, "offline", args))',
             "if step == bc_steps == 0:",
@@ -70,7 +69,6 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
         },
         "main": {
             "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device, STARTS_FROM)",
-            'optimizer.load_state_dict({**optimizer.state_dict(), "state": run.checkpoint["optimizer"]["state"]})',
             'if run.checkpoint["device"] == device.type:  # another kind\'s generator cannot go on here',
             'if run.checkpoint["kind"] == SCRIPT:',
             'if step >= bc_steps and not run.rows["eval.csv"]:',
