@@ -1335,7 +1335,9 @@ def check_parts(checkpoint: dict[str, Any]):
         environment, replay = checkpoint["environment"], checkpoint["replay"]
         counts += [environment["episode"], environment["taken"]]
         tensors |= {name: environment[name] for name in ("actions", "chunk", "observation")}
-        if any(type(value) not in (int, float) for value in environment["last_episode"].values()):
+        last = environment["last_episode"]
+        reported = {"charts/online_return", "charts/online_length", "charts/online_success"} if last else set()
+        if set(last) != reported or not all(type(x) in (int, float) and abs(x) < NEVER for x in last.values()):
             raise ValueError("its last_episode is of a wrong type")
         if not dataset["rotating"]:
             counts += [replay[name] for name in ("rows", "crc32", "size", "episodes")]
@@ -1842,9 +1844,8 @@ class Run:
             wandb.init(project="trqam", name=self.path.name, config=settings, sync_tensorboard=True)
         from torch.utils.tensorboard import SummaryWriter
 
-        threading.excepthook = lambda fault: (
-            None
-        )  # of TensorBoard's own thread, on a full disk: its next caller says so
+        # TensorBoard's own thread fails where the disk is full, and so does then what calls it: that one says so.
+        threading.excepthook = lambda fault: isinstance(fault.exc_value, OSError) or threading.__excepthook__(fault)
         self.writer = SummaryWriter(str(self.path), purge_step=done + 1 if self.args.resume else None)
         if not self.resumes:
             table = "\n".join(f"|{key}|{value}|" for key, value in settings.items())
