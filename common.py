@@ -542,7 +542,7 @@ class ReplayBuffer(ChunkDataset):
         widths = [self.observations.shape[1], self.actions.shape[1], 1, 1]
         rows, numbers, ends = state["rows"], state["rows"] * sum(widths), state["ends"]
         fits = state["size"] + state["episodes"] == self.offline_rows + rows and self.offline_size <= state["size"]
-        fits = fits and ends.shape == (state["episodes"],) and ends.dtype == torch.int64
+        fits = fits and ends.shape == (state["episodes"],)
         fits = fits and bool((ends.diff() > 0).all() and (0 < ends).all() and (ends <= state["size"]).all())
         fits = fits and 4 * numbers <= (path.stat().st_size if path.is_file() else 0)
         stored = np.fromfile(path, np.float32, numbers) if fits and rows else np.empty(0, np.float32)
@@ -684,7 +684,7 @@ class OnlineEnvironment:
     def load_state_dict(self, state: dict[str, Any]):
         """Return to a state, by playing its running episode again from its start. Says so where that ends elsewhere."""
         for name in ("actions", "chunk"):
-            if state[name].dtype != torch.float32 or state[name].shape[1:] != self.env.action_space.shape:
+            if state[name].shape[1:] != self.env.action_space.shape:
                 raise ValueError(f"{name} of another environment")
         self.begin(state["episode"])
         for action in state["actions"].numpy():
@@ -1297,13 +1297,14 @@ def read_checkpoint(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_tensors(tensors: dict[str, Any]):
-    """Raise ValueError where one is no finite tensor of numbers, or larger than the bytes it holds."""
+def check_tensors(tensors: dict[str, Any], *dtypes: torch.dtype):
+    """Raise ValueError where one is no finite tensor of one of these types, or larger than the bytes it holds."""
     for name, tensor in tensors.items():
-        plain = type(tensor) is torch.Tensor and tensor.dtype in (torch.float32, torch.float64, torch.int64)
+        plain = isinstance(name, str) and type(tensor) is torch.Tensor and tensor.dtype in dtypes
         plain = plain and tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         if not plain or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise ValueError(f"its {name} is no plain tensor")
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"its {name} is no plain {kinds} tensor")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"its {name} is not finite")
 
@@ -1311,19 +1312,21 @@ def check_tensors(tensors: dict[str, Any]):
 def check_parts(checkpoint: dict[str, Any]):
     """Raise an error that says what is wrong where a checkpoint is not made as ours are, as far as can be told without
     the networks and the data: where a part is missing, of another type, or holds what no run writes."""
-    types, online = dict(sizes=dict, actor_slow=dict), False
-    if checkpoint["kind"] != "bc":
+    cloned = checkpoint["kind"] == "bc"
+    online = not cloned and "online_steps" in checkpoint["args"]
+    if cloned:
+        types = dict(sizes=dict, actor_slow=dict)
+    else:
         types = dict(sizes=dict, args=dict, agent=dict, optimizer=dict, generator=torch.Tensor, step=int, rows=dict)
         types |= dict(device=str, seconds=float, dataset=dict)
-        online = isinstance(checkpoint.get("args"), dict) and "online_steps" in checkpoint["args"]
         types |= dict(replay=dict, environment=dict) if online else {}
     for part, type_ in types.items():
         if part not in checkpoint:
             raise ValueError(f"it lacks {part}")
         if not isinstance(checkpoint[part], type_):
             raise ValueError(f"its {part} is of a wrong type")
-    if checkpoint["kind"] == "bc":
-        return check_tensors(checkpoint["actor_slow"])
+    if cloned:
+        return check_tensors(checkpoint["actor_slow"], torch.float32)
     rows, args, dataset = checkpoint["rows"], checkpoint["args"], checkpoint["dataset"]
     if set(rows) != {"train.csv", "eval.csv"}:  # they name files
         raise ValueError("its rows are those of other tables")
@@ -1334,20 +1337,21 @@ def check_parts(checkpoint: dict[str, Any]):
     if online:
         environment, replay = checkpoint["environment"], checkpoint["replay"]
         counts += [environment["episode"], environment["taken"]]
-        tensors |= {name: environment[name] for name in ("actions", "chunk", "observation")}
+        tensors |= {name: environment[name] for name in ("actions", "chunk")}
+        check_tensors({"observation": environment["observation"]}, torch.float32, torch.float64)
         last = environment["last_episode"]
         reported = {"charts/online_return", "charts/online_length", "charts/online_success"} if last else set()
         if set(last) != reported or not all(type(x) in (int, float) and abs(x) < NEVER for x in last.values()):
             raise ValueError("its last_episode is of a wrong type")
         if not dataset["rotating"]:
             counts += [replay[name] for name in ("rows", "crc32", "size", "episodes")]
-            tensors["ends"] = replay["ends"]
+            check_tensors({"ends": replay["ends"]}, torch.int64)
     if any(type(count) is not int or not 0 <= count < NEVER for count in counts):
         raise ValueError("its steps or rows are no counts")
     if type(dataset["rotating"]) is not bool:
         raise ValueError("its dataset is of a wrong type")
     describe_dataset(dataset)
-    check_tensors(tensors)
+    check_tensors(tensors, torch.float32)
 
 
 def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -1376,7 +1380,7 @@ def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if of_memory(error):
             raise
-        missing = "it lacks " if isinstance(error, LookupError) else ""
+        missing = "it lacks " if isinstance(error, KeyError) else ""
         raise UserError(f"{flag}: {path} is damaged: {missing}{first_line(error)}; use another") from error
     for key, value in (sizes or {}).items():
         found = checkpoint["sizes"].get(key)
@@ -1615,6 +1619,11 @@ def parse_args(
     return args
 
 
+def stored_settings(args: Any) -> dict[str, Any]:
+    """Settings as they are stored, and come back from JSON: with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(args)))
+
+
 def with_tuples(args_class: type, stored: dict[str, Any]) -> Any:
     """Settings that were stored as JSON, which knows no tuples."""
     return args_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
@@ -1722,7 +1731,7 @@ class Run:
         if self.resumes:
             self.checkpoint = load_newest(kept, script, sizes)
             self.check_steps("--resume")
-            for key, value in json.loads(json.dumps(dataclasses.asdict(args))).items():
+            for key, value in stored_settings(args).items():
                 if key not in RESUME_MAY_CHANGE and self.checkpoint["args"].get(key, value) != value:
                     raise UserError(
                         f"--resume: {self.path / 'config.json'} is damaged: it has {flag_of(key)} {value}, but the "
@@ -2045,7 +2054,7 @@ class Run:
             dict(
                 kind=self.script,
                 sizes=self.sizes,
-                args=json.loads(json.dumps(dataclasses.asdict(self.args))),
+                args=stored_settings(self.args),
                 step=self.step,
                 device=self.device.type,
                 rows=rows,

@@ -71,10 +71,12 @@ def wait(device: torch.device):
         torch.cuda.synchronize()
 
 
-def median_seconds(runs: dict[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, float]:
-    """Median time of each of several calls, made in turns after two of each; at least three, at most 200."""
+def median_seconds(
+    runs: dict[str, Callable[[], Any]], seconds: float, device: torch.device, before: int = 2
+) -> dict[str, float]:
+    """Median time of each of several calls, made in turns after `before` of each; at least three, at most 200."""
     times = {name: [] for name in runs}
-    for name, run in [*runs.items()] * 2:
+    for name, run in [*runs.items()] * before:
         run()
     wait(device)
     began = time.perf_counter()
@@ -230,14 +232,9 @@ def time_environments(args: Args) -> list[dict[str, Any]]:
                 _, _, terminated, truncated, _ = env.step(np.zeros(5 * c, dtype=np.float32))
                 done = terminated or truncated
 
-    runs = {"parallel": lambda: evaluator.evaluate(standing), "serial": one_after_the_other}
-    times = {name: [] for name in runs}
     evaluator.evaluate(standing)  # starts the processes
-    for name in ("parallel", "serial") * 3:
-        start = time.perf_counter()
-        runs[name]()
-        times[name].append(time.perf_counter() - start)
-    parallel, serial = (statistics.median(times[name]) for name in runs)
+    runs = {"parallel": lambda: evaluator.evaluate(standing), "serial": one_after_the_other}
+    parallel, serial = median_seconds(runs, 0, torch.device("cpu"), before=0).values()
     evaluator.close()
     env.close()
     with tempfile.TemporaryDirectory() as folder:

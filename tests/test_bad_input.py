@@ -494,7 +494,7 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
         lambda t, d, s: ["--resume", "--run-dir", edited(
             s, t, lambda c: c["agent"].update({"critic.kernels.0": torch.eye(3).to_sparse()})
         )],
-        ["--resume", "critic.kernels.0", "no plain tensor"],
+        ["--resume", "critic.kernels.0", "no plain float32 tensor"],
     ),
     "resuming with other settings than the checkpoint's": (
         lambda t, d, s: ["--resume", "--run-dir", run_of(
@@ -527,7 +527,7 @@ MORE = {  # the same, for every script, and, as a third thing, the script that i
         lambda t, d, s: ["--resume", "--run-dir", edited(s, t, lambda c: c["agent"].update(
             {"critic.kernels.0": torch.zeros(1).expand(10**12)}
         ))],
-        ["--resume", "checkpoint.pt", "critic.kernels.0", "no plain tensor"],
+        ["--resume", "checkpoint.pt", "critic.kernels.0", "no plain float32 tensor"],
     ),
     "a checkpoint with lines for a name": (
         lambda t, d, s: [
