@@ -47,6 +47,7 @@ import tyro
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", module="glfw")  # MuJoCo's window library warns where there is no screen
+warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # `CudaGraph` captures it later
 import gymnasium
 import ogbench
 from ogbench.relabel_utils import relabel_dataset
@@ -1449,15 +1450,19 @@ def environment_sizes(env_id: str) -> tuple[int, int]:
     return env.observation_space.shape[0], env.action_space.shape[0]
 
 
-def choose_device(device: str, num_threads: int) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device. Raises UserError where CUDA is asked for and absent."""
+def choose_device(device: str, num_threads: int, tf32: bool = False) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> the device, set to `num_threads` (0: torch's choice), and, a GPU, to TF32 products or
+    exact ones. Raises UserError where CUDA is asked for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: torch finds no CUDA GPU here; use --device cpu or install a CUDA build of torch"
         )
     if num_threads:
         torch.set_num_threads(num_threads)
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    return torch.device("cuda")
 
 
 def choose_compile(choice: str, device: torch.device, updates: int) -> str:
@@ -1479,6 +1484,41 @@ def choose_compile(choice: str, device: torch.device, updates: int) -> str:
         return "off"
     print("the update is compiled, which takes a minute or two before the first one (--compile off: none)")
     return "on"
+
+
+class CudaGraph:
+    """An update whose many small launches on a GPU become a single one: it is recorded once, and then replayed.
+
+    The first two calls run as they are, which compiles what is compiled, and makes the optimizer's moments; the third
+    one's launches are recorded. A call copies its inputs to where the recorded launches read theirs.
+
+    Args:
+        update: takes named tuples of tensors of the same shapes each time (or None), and gives named tensors or numbers.
+            It must not wait for the device or draw random numbers, and must change what it changes in place.
+    """
+
+    def __init__(self, update: Callable[..., dict[str, Any]]):
+        self.update, self.calls = update, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: tuple[torch.Tensor | None, ...]) -> dict[str, Any]:
+        """What `update` gives; its tensors are overwritten by the next call."""
+        self.calls += 1
+        if self.calls <= 2:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                results = self.update(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return results
+        if self.calls == 3:
+            self.inputs = [type(group)(*(x if x is None else x.clone() for x in group)) for group in inputs]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.results = self.update(*self.inputs)
+        for held, given in zip(itertools.chain(*self.inputs), itertools.chain(*inputs)):
+            if given is not None:
+                held.copy_(given)
+        self.graph.replay()
+        return self.results
 
 
 def flag_of(field: str) -> str:
@@ -1562,12 +1602,15 @@ def quiet_cli(args_class: type, default: Any) -> Any:
 
 RESUME_MAY_CHANGE = set(
     "run_dir resume dataset_path dataset_dir offline_steps online_steps learning_starts utd_ratio balanced_sampling "
-    "kl_budget_online device num_threads compile capture_video track".split()
+    "kl_budget_online device num_threads compile cuda_graph capture_video track".split()
 )
 EVALUATION_MAY_CHANGE = set(
-    "eval_only checkpoint eval_episodes seed best_of_n device num_threads compile capture_video run_dir resume".split()
+    "eval_only checkpoint eval_episodes seed best_of_n device num_threads compile cuda_graph tf32 capture_video run_dir "
+    "resume".split()
 )
-OF_ONE_SITTING = set("run_dir resume eval_only checkpoint device num_threads compile capture_video track".split())
+OF_ONE_SITTING = set(
+    "run_dir resume eval_only checkpoint device num_threads compile cuda_graph capture_video track".split()
+)
 CHECKPOINT_DECIDES = set(
     "env_id sparse_reward bc_checkpoint bc_steps chunk_length hidden_dims actor_layer_norm num_critics".split()
 )

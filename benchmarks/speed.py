@@ -5,8 +5,8 @@
 
 Prints tables, and writes their rows, with where and on which commit they were measured, to --output. An update here is
 all that a training run does for one: drawing the batch and the noise, losses, backward, clip, Adam, moving averages.
-Modes are timed in turns within one run, because a processor's clock drifts: quote their ratios. The share of peak is
-of the largest rate of float32 matrix products, at the shapes of a hidden layer, timed in the same turns.
+Modes are timed in turns within one run, because a processor's clock drifts: quote their ratios. On a GPU each mode is
+timed launch by launch and as a CUDA graph, twenty updates at a time, as training does not wait for one. The share of peak is of the largest rate of float32 matrix products, at the shapes of a hidden layer, timed in the same turns.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 
 OBSERVATION_DIM, ACTION_DIM, CHUNK_LENGTH = 40, 5, 5  # of the scene
+LARGEST_OBSERVATION_DIM = 55  # of cube-quadruple, whose dataset of 100 million transitions is the largest
 ENV_ID = "cube-single-play-singletask-task2-v0"  # for evaluating and collecting
 
 
@@ -55,12 +56,16 @@ class Args:
     """members of the critic ensemble"""
     flow_steps: int = 10
     """Euler steps from noise to an action"""
+    transitions: int = 1_000_000
+    """transitions of the dataset whose memory is measured, at cube-quadruple's sizes"""
     environments: bool = True
     """time starting, evaluating and collecting too"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train"""
     num_threads: int = 0
     """CPU threads of torch; 0: as many as torch chooses"""
+    tf32: bool = False
+    """on a GPU, multiply float32 matrices in TF32"""
     output: str = ""
     """csv file of all rows; default: none is written"""
 
@@ -72,32 +77,36 @@ def wait(device: torch.device):
 
 
 def median_seconds(
-    runs: dict[str, Callable[[], Any]], seconds: float, device: torch.device, before: int = 2
-) -> dict[str, float]:
-    """Median time of each of several calls, made in turns after `before` of each; at least three, at most 200."""
-    times = {name: [] for name in runs}
-    for name, run in [*runs.items()] * before:
+    runs: dict[Any, Callable[[], Any]], seconds: float, device: torch.device, before: int = 3
+) -> dict[Any, float]:
+    """Median time of each of several calls, made in turns after `before` of each; at least three, at most 200. On a GPU
+    a turn is twenty calls, and waits for the last one alone."""
+    times, calls = {name: [] for name in runs}, 20 if device.type == "cuda" else 1
+    for run in [*runs.values()] * before:
         run()
     wait(device)
     began = time.perf_counter()
     while len(next(iter(times.values()))) < 3 or time.perf_counter() - began < seconds:
         for name, run in runs.items():
             start = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             wait(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start) / calls)
         if len(times[name]) == 200:
             break
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def random_dataset(args: Args, transitions: int, device: torch.device) -> common.ChunkDataset:
-    """Random rows of the scene's sizes, in episodes of 1,000 transitions."""
+def random_dataset(
+    transitions: int, device: torch.device, observation_dim: int = OBSERVATION_DIM
+) -> common.ChunkDataset:
+    """Random rows, in [0, 1), in episodes of 1,000 transitions."""
     rng, rows = np.random.default_rng(0), transitions + transitions // 1000
-    random = lambda dim: rng.uniform(-1, 1, (rows, dim)).astype(np.float32)
+    random = lambda dim: rng.random((rows, dim), dtype=np.float32)
     ones = np.ones(rows, np.float32)
     return common.ChunkDataset(
-        random(OBSERVATION_DIM), random(ACTION_DIM), -ones, ones, np.arange(rows) % 1001 == 1000,
+        random(observation_dim), random(ACTION_DIM), -ones, ones, np.arange(rows) % 1001 == 1000,
         chunk_length=CHUNK_LENGTH, gamma=0.995, device=device,
     )  # fmt: skip
 
@@ -133,19 +142,18 @@ def time_updates(args: Args, width: int, batch_size: int, device: torch.device) 
     torch.manual_seed(0)
     torch.compiler.reset()  # each size is compiled for itself, as in a training run
     agent = script.Agent(OBSERVATION_DIM, CHUNK_LENGTH * ACTION_DIM, settings).to(device)
-    dataset, generator = random_dataset(args, 20_000, device), torch.Generator(device).manual_seed(0)
-    runs = {}
-    for mode in args.compile:
-        twin = copy.deepcopy(agent)
-        step = (twin, twin.make_optimizer(settings), dataset, generator, "offline", replace(settings, compile=mode))
-        runs[mode] = lambda step=step: script.train_step(*step)
+    dataset, generator = random_dataset(20_000, device), torch.Generator(device).manual_seed(0)
+
+    def train_step(mode: str, cuda_graph: bool) -> Callable[[], Any]:
+        twin, chosen = copy.deepcopy(agent), replace(settings, compile=mode, cuda_graph=cuda_graph)
+        return script.make_train_step(twin, twin.make_optimizer(chosen), dataset, generator, "offline", chosen)
+
+    modes = list(itertools.product(args.compile, (False, True) if device.type == "cuda" else (False,)))
+    runs = {mode: train_step(*mode) for mode in modes}
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = OneModule()
     with counter:
-        twin = copy.deepcopy(agent)
-        script.train_step(
-            twin, twin.make_optimizer(settings), dataset, generator, "offline", replace(settings, compile="off")
-        )
+        train_step("off", False)()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     matrix = products(args, width, batch_size, device)
@@ -153,10 +161,11 @@ def time_updates(args: Args, width: int, batch_size: int, device: torch.device) 
     flops, peak = counter.get_total_flops(), max(flops / seconds[name] for name, (_, flops) in matrix.items())
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
     return [
-        dict(what="update", width=width, batch=batch_size, compile=mode, seconds=seconds[mode], per_s=1 / seconds[mode],
-             ratio=seconds[args.compile[0]] / seconds[mode], gflop=flops / 1e9, gflop_per_s=flops / seconds[mode] / 1e9,
-             peak_gflop_per_s=peak / 1e9, share_of_peak=flops / seconds[mode] / peak, device_mib=memory)
-        for mode in args.compile
+        dict(what="update", width=width, batch=batch_size, compile=mode[0], cuda_graph=mode[1], seconds=seconds[mode],
+             per_s=1 / seconds[mode], ratio=seconds[modes[0]] / seconds[mode], gflop=flops / 1e9,
+             gflop_per_s=flops / seconds[mode] / 1e9, peak_gflop_per_s=peak / 1e9,
+             share_of_peak=flops / seconds[mode] / peak, device_mib=memory)
+        for mode in modes
     ]  # fmt: skip
 
 
@@ -173,7 +182,7 @@ def time_parts(args: Args, width: int, batch_size: int, mode: str, device: torch
     action_dim = CHUNK_LENGTH * ACTION_DIM
     agent = script.Agent(OBSERVATION_DIM, action_dim, settings).to(device)
     optimizer, generator = agent.make_optimizer(settings), torch.Generator(device).manual_seed(0)
-    dataset = random_dataset(args, 20_000, device)
+    dataset = random_dataset(20_000, device)
     batch = dataset.sample(batch_size, generator)
     noise, s = script.draw_noise(batch_size, action_dim, settings, generator), batch.observation
     fast, base, no_grad = agent.actor_fast, agent.target_actor_slow, torch.no_grad()
@@ -273,13 +282,16 @@ def time_start(args: Args) -> list[dict[str, Any]]:
 
 
 def memory_of_data(args: Args, device: torch.device) -> list[dict[str, Any]]:
-    """Bytes that a million transitions take on the device, over those of their numbers in the file."""
-    transitions = 1_000_000
-    dataset = random_dataset(args, transitions, device)
+    """Bytes that transitions take on the device, over those of their numbers in the file; drawing a batch from them."""
+    dataset, generator = random_dataset(args.transitions, device, LARGEST_OBSERVATION_DIM), torch.Generator(device)
     tensors = [value for value in vars(dataset).values() if isinstance(value, torch.Tensor)]
     held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    own = (transitions + transitions // 1000) * (OBSERVATION_DIM + ACTION_DIM + 2) * 4
-    return [dict(what="a million transitions on the device", device_mib=held / 2**20, ratio=held / own)]
+    own = len(dataset.rewards) * (LARGEST_OBSERVATION_DIM + ACTION_DIM + 2) * 4
+    drawing = median_seconds({"draw": lambda: dataset.sample(256, generator)}, 1.0, device)["draw"]
+    return [
+        dict(what=f"{args.transitions:,} transitions on the device", device_mib=held / 2**20, ratio=held / own),
+        dict(what="... and drawing a batch of 256 from them", seconds=drawing, per_s=1 / drawing),
+    ]
 
 
 def show(rows: list[dict[str, Any]], columns: dict[str, str]):
@@ -291,18 +303,19 @@ def show(rows: list[dict[str, Any]], columns: dict[str, str]):
 
 
 def main(args: Args):
-    device = common.choose_device(args.device, args.num_threads)
+    device = common.choose_device(args.device, args.num_threads, args.tf32)
     if "on" in args.compile:
         common.choose_compile("on", device, 0)
     name = torch.cuda.get_device_name() if device.type == "cuda" else common.cpu_name()
-    where = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, commit=common.git_commit())
+    where = dict(device=name, threads=torch.get_num_threads(), tf32=args.tf32)
+    where |= dict(torch=torch.__version__, commit=common.git_commit())
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(f"{args.script}, {args.num_critics} critics, {args.flow_steps} flow steps, 4 hidden layers")
     rows = []
     for width in args.widths:
         for batch in args.batches:
             rows += time_updates(args, width, batch, device)
-    show(rows, dict(width="d", batch="d", compile="", seconds=".4f", per_s=".1f", ratio=".2f", gflop=".1f",
+    show(rows, dict(width="d", batch="d", compile="", cuda_graph="", seconds=".4f", per_s=".1f", ratio=".2f", gflop=".1f",
                     gflop_per_s=".0f", peak_gflop_per_s=".0f", share_of_peak=".0%", device_mib=".0f"))  # fmt: skip
     for width, mode in itertools.product(args.widths, args.compile):
         parts = time_parts(args, width, 256, mode, device)
@@ -310,7 +323,7 @@ def main(args: Args):
         rows += parts
     others = memory_of_data(args, device)
     others += time_start(args) + time_environments(args) if args.environments else []
-    show(others, dict(what="", seconds=".1f", per_s=".0f", ratio=".2f", cores="d", device_mib=".0f"))
+    show(others, dict(what="", seconds=".4g", per_s=".0f", ratio=".2f", cores="d", device_mib=".0f"))
     rows += others
     if args.output:
         columns = list(dict.fromkeys(key for row in rows for key in row)) + list(where)

@@ -6,6 +6,8 @@ takes sizes, settings and number of steps from each file's `meta`. The format is
 
 import copy
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
@@ -25,6 +27,7 @@ FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 FILES = sorted(FOLDER.glob("*.npz"))
 SCRIPTS = {"trqam": (trqam_offline, trqam_online), "qam": (qam_baseline,)}  # algo -> the scripts that implement it
 COMPILED = ("trqam_chunk5",)  # files that the compiled update is held beside too: compiling takes a minute or two
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # on a GPU the third update is replayed, as in training
 NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast", "edit_actor")
 TOLERANCE = 1e-5  # relative, norm-wise: float32 rounding, accumulated over the steps
 SPECIFIED = dict(
@@ -72,20 +75,21 @@ def named_parameters(agent):
 class Recording:
     """One file: its settings, its arrays as tensors, and the differences found so far."""
 
-    def __init__(self, path):
+    def __init__(self, path, device):
+        self.device = device
         self.arrays = dict(np.load(path))
         self.meta = json.loads(str(self.arrays.pop("meta")))
         self.config = self.meta["config"]
         self.differences = {}
 
     def __getitem__(self, key):
-        return torch.from_numpy(np.asarray(self.arrays[key]))
+        return torch.from_numpy(np.asarray(self.arrays[key])).to(self.device)
 
     def __contains__(self, key):
         return key in self.arrays
 
     def compare(self, name, ours, recorded, scale=None):
-        ours, recorded = torch.as_tensor(ours).detach().double(), torch.as_tensor(recorded).double()
+        ours, recorded = (torch.as_tensor(values).detach().double().cpu() for values in (ours, recorded))
         assert ours.shape == recorded.shape, f"{name}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}"
         norm = float(recorded.norm() if scale is None else scale)
         difference = float((ours - recorded).norm()) / norm if norm else float((ours - recorded).norm())
@@ -130,22 +134,24 @@ class Recording:
 
 
 def cases():
-    """(recording, script that implements its algorithm, whether compiled) for each file."""
+    """(recording, script that implements its algorithm, whether compiled, device) for each file."""
     for path in FILES:
         algo = json.loads(str(np.load(path)["meta"]))["algo"]
         scripts = SCRIPTS.get(algo, (None,))
         compiled = [(scripts[-1], "on")] if path.stem in COMPILED else []
-        for script, compile in [*((script, "off") for script in scripts), *compiled]:
+        modes = [*((script, "off") for script in scripts), *compiled]
+        for (script, compile), device in itertools.product(modes, DEVICES):
             name = script.__name__ if script else "no script"
-            yield pytest.param(path, script, compile, id=f"{path.stem}-{name}{'-compiled' * (compile == 'on')}")
+            name += "-compiled" * (compile == "on") + "-cuda" * (device == "cuda")
+            yield pytest.param(path, script, compile, device, id=f"{path.stem}-{name}")
 
 
-@pytest.mark.parametrize("path, script, compile", list(cases()))
-def test_update_makes_the_recorded_numbers(path, script, compile):
-    recording = Recording(path)
+@pytest.mark.parametrize("path, script, compile, device", list(cases()))
+def test_update_makes_the_recorded_numbers(path, script, compile, device):
+    recording = Recording(path, common.choose_device(device, 0))
     if script is None:
         pytest.skip(f"no script implements {recording.meta['algo']!r}")
-    if compile == "on" and common.choose_compile("auto", torch.device("cpu"), common.WORTH_COMPILING) == "off":
+    if compile == "on" and common.choose_compile("auto", recording.device, common.WORTH_COMPILING) == "off":
         pytest.skip("torch.compile does not work here")
     other = {
         key: recording.config[key] for key, value in SPECIFIED.items() if recording.config.get(key, value) != value
@@ -160,21 +166,23 @@ def test_update_makes_the_recorded_numbers(path, script, compile):
             recorded = layout(recording[f"init/{name}"])
             assert parameter.shape == recorded.shape
             parameter.copy_(recorded)
+    agent.to(recording.device)
     optimizer = agent.make_optimizer(args)
+    update = functools.partial(script.update, agent, optimizer, args=args)
+    update = common.CudaGraph(update) if device == "cuda" else update
 
     for step in range(recording.meta["steps"]):
         batch, noise = recording.batch(step), recording.noise(script, step)
         if f"step{step}/out/xs" in recording:
             compare_intermediate(recording, script, agent, batch, noise, args, step)
         compare_gradients(recording, script, agent, optimizer, batch, noise, args, step)
-        statistics = script.update(agent, optimizer, batch, noise, args)
-        compare_statistics(recording, statistics, step)
+        compare_statistics(recording, update(batch, noise), step)
 
     for parameter, name, layout in named_parameters(agent):
         recording.compare(f"final/{name}", parameter, layout(recording[f"final/{name}"]))
 
     worst = max(recording.differences, key=recording.differences.get)
-    name = f"{path.name}, {script.__name__}.py{', compiled' * (compile == 'on')}"
+    name = f"{path.name}, {script.__name__}.py{', compiled' * (compile == 'on')}{', GPU' * (device == 'cuda')}"
     parity_maxima[name] = worst, recording.differences[worst]
     too_far = {name: difference for name, difference in recording.differences.items() if not difference <= TOLERANCE}
     assert not too_far

@@ -13,14 +13,13 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
         "Args": {"bc_checkpoint", "checkpoint"},  # fields that differ, or that only the reference has
         "QUICK": {"kl_budget=0.2,"},
         "settings": {'return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {})}'},
-        "train_step": {"batch = dataset.sample(args.batch_size, generator)"},
+        "make_train_step": {"batch = dataset.sample(args.batch_size, generator)"},
         "main": {
             "total_steps = bc_steps + args.offline_steps",
             "fine_tuning = args.offline_steps",
             "run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device)",
             "step = 0  # updates done, over both stages",
-            'run.announce("fine-tuning", total_steps - max(step, bc_steps), '
-            'lambda: train_step(*trial, "offline", args))',
+            'run.announce("fine-tuning", total_steps - max(step, bc_steps), make_train_step(*trial, "offline", args))',
             "if step == bc_steps == 0:",
             'run.evaluate("bc", 0, policy)',
             "run.tick(stage, stage_step, statistics)",
@@ -63,7 +62,7 @@ DIFFERS = {  # script -> definition that differs -> its lines that only the refe
             'start = {"offline_steps": 0} if args.bc_checkpoint else {}',
             'return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {}), **start}',
         },
-        "train_step": {
+        "make_train_step": {
             'if stage == "online" and args.kl_budget_online:',
             "args = replace(args, kl_budget=args.kl_budget_online)",
         },
