@@ -1493,8 +1493,8 @@ class CudaGraph:
     one's launches are recorded. A call copies its inputs to where the recorded launches read theirs.
 
     Args:
-        update: takes named tuples of tensors of the same shapes each time (or None), and gives named tensors or numbers.
-            It must not wait for the device or draw random numbers, and must change what it changes in place.
+        update: takes named tuples of tensors (or None), of the same shapes each time, and gives named tensors or
+            numbers. It must not wait for the device or draw random numbers, and must change what it changes in place.
     """
 
     def __init__(self, update: Callable[..., dict[str, Any]]):
@@ -1605,8 +1605,8 @@ RESUME_MAY_CHANGE = set(
     "kl_budget_online device num_threads compile cuda_graph capture_video track".split()
 )
 EVALUATION_MAY_CHANGE = set(
-    "eval_only checkpoint eval_episodes seed best_of_n device num_threads compile cuda_graph tf32 capture_video run_dir "
-    "resume".split()
+    "eval_only checkpoint eval_episodes seed best_of_n device num_threads compile cuda_graph tf32 capture_video "
+    "run_dir resume".split()
 )
 OF_ONE_SITTING = set(
     "run_dir resume eval_only checkpoint device num_threads compile cuda_graph capture_video track".split()

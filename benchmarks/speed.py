@@ -5,8 +5,9 @@
 
 Prints tables, and writes their rows, with where and on which commit they were measured, to --output. An update here is
 all that a training run does for one: drawing the batch and the noise, losses, backward, clip, Adam, moving averages.
-Modes are timed in turns within one run, because a processor's clock drifts: quote their ratios. On a GPU each mode is
-timed launch by launch and as a CUDA graph, twenty updates at a time, as training does not wait for one. The share of peak is of the largest rate of float32 matrix products, at the shapes of a hidden layer, timed in the same turns.
+Modes are timed in turns within one run, because a processor's clock drifts: quote their ratios. The share of peak is
+of the largest rate of float32 matrix products, at the shapes of a hidden layer, timed in the same turns. On a GPU each
+mode is timed launch by launch and as a CUDA graph, twenty updates at a time: training does not wait for single ones.
 """
 
 import contextlib
@@ -315,8 +316,8 @@ def main(args: Args):
     for width in args.widths:
         for batch in args.batches:
             rows += time_updates(args, width, batch, device)
-    show(rows, dict(width="d", batch="d", compile="", cuda_graph="", seconds=".4f", per_s=".1f", ratio=".2f", gflop=".1f",
-                    gflop_per_s=".0f", peak_gflop_per_s=".0f", share_of_peak=".0%", device_mib=".0f"))  # fmt: skip
+    show(rows, dict(width="d", batch="d", compile="", cuda_graph="", seconds=".4f", per_s=".1f", ratio=".2f",
+                    gflop=".1f", gflop_per_s=".0f", peak_gflop_per_s=".0f", share_of_peak=".0%", device_mib=".0f"))  # fmt: skip
     for width, mode in itertools.product(args.widths, args.compile):
         parts = time_parts(args, width, 256, mode, device)
         show(parts, dict(what="", width="d", batch="d", compile="", seconds=".4f", share=".0%"))
