@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -1490,7 +1491,7 @@ class CudaGraph:
     """An update whose many small launches on a GPU become a single one: it is recorded once, and then replayed.
 
     The first two calls run as they are, which compiles what is compiled, and makes the optimizer's moments; the third
-    one's launches are recorded. A call copies its inputs to where the recorded launches read theirs.
+    one's launches are recorded. All of them read the same copies of what they are given, as a recorded launch must.
 
     Args:
         update: takes named tuples of tensors (or None), of the same shapes each time, and gives named tensors or
@@ -1504,19 +1505,21 @@ class CudaGraph:
     def __call__(self, *inputs: tuple[torch.Tensor | None, ...]) -> dict[str, Any]:
         """What `update` gives; its tensors are overwritten by the next call."""
         self.calls += 1
-        if self.calls <= 2:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                results = self.update(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return results
-        if self.calls == 3:
+        if self.calls == 1:
             self.inputs = [type(group)(*(x if x is None else x.clone() for x in group)) for group in inputs]
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.results = self.update(*self.inputs)
         for held, given in zip(itertools.chain(*self.inputs), itertools.chain(*inputs)):
             if given is not None:
                 held.copy_(given)
+        if self.calls <= 2:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.results = self.update(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.results
+        if self.calls == 3:
+            gc.collect()  # nothing that was compiled may be unloaded in the midst of recording
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.results = self.update(*self.inputs)
         self.graph.replay()
         return self.results
 

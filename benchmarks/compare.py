@@ -27,7 +27,7 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 
 MAY_DIFFER = set(
     "seed run_dir resume device num_threads dataset_path dataset_dir collect_seed bc_checkpoint bc_steps eval_only "
     "checkpoint eval_interval log_interval checkpoint_interval capture_video track online_steps compile "
-    "max_data_gb".split()
+    "cuda_graph tf32 max_data_gb".split()
 )
 
 

@@ -317,7 +317,8 @@ def main(args: Args):
         for batch in args.batches:
             rows += time_updates(args, width, batch, device)
     show(rows, dict(width="d", batch="d", compile="", cuda_graph="", seconds=".4f", per_s=".1f", ratio=".2f",
-                    gflop=".1f", gflop_per_s=".0f", peak_gflop_per_s=".0f", share_of_peak=".0%", device_mib=".0f"))  # fmt: skip
+                    gflop=".1f", gflop_per_s=".0f", peak_gflop_per_s=".0f", share_of_peak=".0%",
+                    device_mib=".0f"))  # fmt: skip
     for width, mode in itertools.product(args.widths, args.compile):
         parts = time_parts(args, width, 256, mode, device)
         show(parts, dict(what="", width="d", batch="d", compile="", seconds=".4f", share=".0%"))

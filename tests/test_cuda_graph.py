@@ -6,6 +6,7 @@ as a CUDA graph does. What a graph would freeze or refuse shows here too.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import types
 from typing import NamedTuple
@@ -65,6 +66,17 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
 
+SMALL = dict(hidden_dims=(8, 8), num_critics=2, flow_steps=3, batch_size=16, chunk_length=2)
+
+
+def random_dataset():
+    """Two episodes of observations of 3 numbers and actions of 2, in chunks of 2."""
+    rng = np.random.default_rng(0)
+    rows = lambda *shape: rng.uniform(-1, 1, (60, *shape)).astype(np.float32)
+    done = np.arange(60) == 29
+    return common.ReplayBuffer(rows(3), rows(2), rows(), np.ones(60), done, chunk_length=2, gamma=0.9)
+
+
 @contextlib.contextmanager
 def recording(tape, stream):
     with tape:
@@ -94,16 +106,10 @@ def stand_in(monkeypatch):
 )
 def test_a_replayed_update_is_the_update(stand_in, script, function, settings):
     """To the bit, over several: so no number (lambda, a step count, an average) and no input is frozen into it."""
-    args = script.Args(hidden_dims=(8, 8), num_critics=2, flow_steps=3, batch_size=16, learning_rate=1e-2, **settings)
+    args = script.Args(**SMALL, learning_rate=1e-2, **settings)
     torch.manual_seed(0)
-    agent, generator = script.Agent(3, 4, args), torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=generator)
-    inputs = []
-    for _ in range(6):
-        batch = common.Batch(
-            normal(16, 3), normal(16, 4).clamp(-1, 1), normal(16), torch.ones(16), normal(16, 3), torch.ones(16)
-        )
-        inputs.append((batch, script.draw_noise(16, 4, args, generator)))
+    agent, dataset, generator = script.Agent(3, 4, args), random_dataset(), torch.Generator().manual_seed(0)
+    inputs = [(dataset.sample(16, generator), script.draw_noise(16, 4, args, generator)) for _ in range(6)]
     twin = copy.deepcopy(agent)
     optimizers = agent.make_optimizer(args), twin.make_optimizer(args)
     assert optimizers[0].param_groups[0]["capturable"]  # which torch asks for before a GPU records Adam
@@ -120,6 +126,17 @@ def test_a_replayed_update_is_the_update(stand_in, script, function, settings):
     for (name, ours), theirs in zip(agent.state_dict().items(), twin.state_dict().values()):
         assert torch.equal(ours, theirs), name
     assert replayed.graph.operations, "nothing was replayed"
+
+
+def test_all_calls_read_the_same_memory(stand_in):
+    """In the same layout too: torch.compile would make its code anew for another one, in the midst of recording."""
+    seen, dataset, generator = [], random_dataset(), torch.Generator().manual_seed(0)
+    place = lambda x: (x.data_ptr(), x.stride(), x.storage_offset())
+    graph = common.CudaGraph(lambda batch: seen.append([*map(place, batch)]) or {"sum": batch.reward.sum()})
+    for _ in range(5):
+        batch = dataset.sample(16, generator)
+        assert graph(batch)["sum"] == batch.reward.sum()
+    assert len(seen) == 3 and seen[0] == seen[1] == seen[2]
 
 
 class Inputs(NamedTuple):
@@ -156,14 +173,33 @@ def test_a_step_of_training_stays_on_its_device(monkeypatch, script, stages, set
     monkeypatch.setattr(torch, "rand", empty)
     monkeypatch.setattr(torch, "randint", lambda low, high, n, **_: torch.empty(*n, dtype=torch.int64, device=device))
     monkeypatch.setattr(script, "Adam", lambda parameters, **_: torch.optim.SGD(parameters))  # the fused one has none
-    args = script.Args(hidden_dims=(8, 8), num_critics=2, flow_steps=3, batch_size=16, chunk_length=2, **settings)
+    args = script.Args(**SMALL, **settings)
     agent = script.Agent(3, 4, args).to(device)
-    rows = lambda *shape: np.zeros((60, *shape), np.float32)
-    dataset = common.ReplayBuffer(rows(3), rows(2), rows(), rows(), np.arange(60) == 29, chunk_length=2, gamma=0.9)
-    dataset.to(device).make_room(10)
+    dataset = random_dataset().to(device)
+    dataset.make_room(10)
     generator = types.SimpleNamespace(device=device)
     for stage in stages:
         statistics = script.make_train_step(agent, agent.make_optimizer(args), dataset, generator, stage, args)()
         assert {value.device for value in statistics.values() if isinstance(value, torch.Tensor)} == {device}
     noise = torch.empty(5, 2, agent.noise_dim, device=device)
     assert script.act(agent, torch.empty(5, 3, device=device), noise, args).shape == (5, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("script, settings", [(trqam_offline, {}), (qam_baseline, dict(edit_scale=0.2))])
+def test_on_a_gpu_replayed_training_is_training(script, settings, compile):
+    device = common.choose_device("cuda", 0)
+    args = script.Args(**SMALL, compile=compile, **settings)
+    agent, dataset = script.Agent(3, 4, args).to(device), random_dataset().to(device)
+    trained = []
+    for cuda_graph in (False, True):
+        twin, chosen = copy.deepcopy(agent), dataclasses.replace(args, cuda_graph=cuda_graph)
+        generator = torch.Generator(device).manual_seed(0)
+        step = script.make_train_step(twin, twin.make_optimizer(chosen), dataset, generator, "offline", chosen)
+        trained.append(([{name: float(value) for name, value in step().items()} for _ in range(8)], twin))
+    (plain, weights), (replayed, same_weights) = trained
+    for expected, found in zip(plain, replayed):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for ours, theirs in zip(weights.state_dict().values(), same_weights.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

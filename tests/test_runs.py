@@ -37,7 +37,7 @@ ANTMAZE = "antmaze-large-navigate-singletask-task1-v0"
 TINY = (
     f"--env-id {ENV} --hidden-dims 16 16 --num-critics 2 --flow-steps 3 --batch-size 8 --chunk-length 4 "
     "--bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 --log-interval 3 --checkpoint-interval 5 "
-    "--num-threads 1"
+    "--num-threads 1 --device cpu"
 ).split()
 TINY_FOR = {script: TINY for script in SCRIPTS}
 TINY_FOR["trqam_online"] = [*TINY, *"--online-steps 9 --learning-starts 2".split()]
