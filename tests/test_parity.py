@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import qam_baseline
@@ -29,6 +30,7 @@ SCRIPTS = {"trqam": (trqam_offline, trqam_online), "qam": (qam_baseline,)}  # al
 COMPILED = ("trqam_chunk5",)  # files that the compiled update is held beside too: compiling takes a minute or two
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()  # on a GPU the third update is replayed, as in training
 NETWORKS = ("critic", "target_critic", "actor_slow", "target_actor_slow", "actor_fast", "edit_actor")
+aten = torch.ops.aten
 TOLERANCE = 1e-5  # relative, norm-wise: float32 rounding, accumulated over the steps
 SPECIFIED = dict(
     residual=False, clip_adj=True, use_target_grad=True, target_actor=True, value_layer_norm=True, bc_only=False,
@@ -95,6 +97,11 @@ class Recording:
         difference = float((ours - recorded).norm()) / norm if norm else float((ours - recorded).norm())
         self.differences[name] = max(difference, self.differences.get(name, 0.0))
 
+    def check(self, name, tolerance):
+        worst = max(self.differences, key=self.differences.get)
+        parity_maxima[name] = worst, self.differences[worst]
+        assert not {what: found for what, found in self.differences.items() if not found <= tolerance}
+
     def args(self, script):
         meta, config = self.meta, self.config
         names = dict(discount="gamma", lr="learning_rate", inv_temp="inverse_temperature")
@@ -148,9 +155,9 @@ def cases():
 
 @pytest.mark.parametrize("path, script, compile, device", list(cases()))
 def test_update_makes_the_recorded_numbers(path, script, compile, device):
-    recording = Recording(path, common.choose_device(device, 0))
     if script is None:
-        pytest.skip(f"no script implements {recording.meta['algo']!r}")
+        pytest.skip("no script implements its algorithm")
+    recording = Recording(path, common.choose_device(device, 0))
     if compile == "on" and common.choose_compile("auto", recording.device, common.WORTH_COMPILING) == "off":
         pytest.skip("torch.compile does not work here")
     other = {
@@ -158,8 +165,36 @@ def test_update_makes_the_recorded_numbers(path, script, compile, device):
     }
     if other:
         pytest.skip(f"recorded with {other}, which is not the published algorithm")
-    args = dataclasses.replace(recording.args(script), compile=compile)
+    train_as_recorded(recording, script, compile)
+    name = f"{path.name}, {script.__name__}.py{', compiled' * (compile == 'on')}{', GPU' * (device == 'cuda')}"
+    recording.check(name, TOLERANCE)
 
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds the factors of every matrix product to 10 bits of mantissa, as a GPU does with --tf32."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default):
+            rounded = [((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in args[-2:]]
+            args = [*args[:-2], *rounded]
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, script", [
+    ("trqam_chunk5", trqam_offline), ("trqam_nav_actorln", trqam_offline), ("qam_chunk5", qam_baseline),
+    ("qam_edit_chunk5", qam_baseline),
+])  # fmt: skip
+def test_tf32_changes_an_update_by_less_than_a_hundredth(name, script):
+    recording = Recording(Path(__file__).parent / f"parity/{name}.npz", torch.device("cpu"))
+    with RoundedProducts():
+        train_as_recorded(recording, script, "off")
+    assert max(recording.differences.values()) > 100 * TOLERANCE  # it was rounded
+    recording.check(f"{name}.npz, {script.__name__}.py, products rounded as in TF32", 1e-2)
+
+
+def train_as_recorded(recording, script, compile):
+    """Start from the recorded weights, make the recorded updates, and note each difference."""
+    args = dataclasses.replace(recording.args(script), compile=compile)
     agent = script.Agent(recording.meta["obs_dim"], recording.meta["chunk"] * recording.meta["action_dim"], args)
     with torch.no_grad():
         for parameter, name, layout in named_parameters(agent):
@@ -169,7 +204,7 @@ def test_update_makes_the_recorded_numbers(path, script, compile, device):
     agent.to(recording.device)
     optimizer = agent.make_optimizer(args)
     update = functools.partial(script.update, agent, optimizer, args=args)
-    update = common.CudaGraph(update) if device == "cuda" else update
+    update = common.CudaGraph(update) if recording.device.type == "cuda" else update
 
     for step in range(recording.meta["steps"]):
         batch, noise = recording.batch(step), recording.noise(script, step)
@@ -180,12 +215,6 @@ def test_update_makes_the_recorded_numbers(path, script, compile, device):
 
     for parameter, name, layout in named_parameters(agent):
         recording.compare(f"final/{name}", parameter, layout(recording[f"final/{name}"]))
-
-    worst = max(recording.differences, key=recording.differences.get)
-    name = f"{path.name}, {script.__name__}.py{', compiled' * (compile == 'on')}{', GPU' * (device == 'cuda')}"
-    parity_maxima[name] = worst, recording.differences[worst]
-    too_far = {name: difference for name, difference in recording.differences.items() if not difference <= TOLERANCE}
-    assert not too_far
 
 
 @torch.no_grad()
