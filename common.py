@@ -3,7 +3,7 @@
 Two functions are all a script needs for its data: `load_dataset(...)` gives a `ReplayBuffer`, a `ChunkDataset` that can
 grow, and its `sample(batch_size, generator)` a `Batch`. To train on data of your own, replace those two.
 The rest: OGBench environments, collecting data with OGBench's scripted oracles, evaluation in parallel
-environments, and what a run writes (settings, logs, checkpoints, curves, video).
+environments, what a run writes (settings, logs, checkpoints, curves, video), and how a GPU launches an update at once.
 """
 
 import concurrent.futures

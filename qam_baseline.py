@@ -545,7 +545,7 @@ def settings(args: Args) -> dict:
 def make_train_step(
     agent: Agent, optimizer: Optimizer, dataset: common.ReplayBuffer, generator, stage: str, args: Args
 ) -> Callable[[], dict[str, Tensor]]:
-    """A function that draws a batch and all noise, and updates with them; on a GPU with a single launch."""
+    """A function that draws a batch and all noise, and updates with them; on a GPU the update is one launch."""
     balanced = stage == "online" and args.balanced_sampling
     sample = dataset.sample_balanced if balanced else dataset.sample
     update_once = functools.partial(bc_update if stage == "bc" else update, agent, optimizer, args=args)

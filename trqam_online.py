@@ -503,7 +503,7 @@ def settings(args: Args) -> dict:
 def make_train_step(
     agent: Agent, optimizer: Optimizer, dataset: common.ReplayBuffer, generator, stage: str, args: Args
 ) -> Callable[[], dict[str, Tensor]]:
-    """A function that draws a batch and all noise, and updates with them; on a GPU with a single launch."""
+    """A function that draws a batch and all noise, and updates with them; on a GPU the update is one launch."""
     if stage == "online" and args.kl_budget_online:
         args = replace(args, kl_budget=args.kl_budget_online)
     balanced = stage == "online" and args.balanced_sampling

@@ -27,7 +27,7 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 
 MAY_DIFFER = set(
     "seed run_dir resume device num_threads dataset_path dataset_dir collect_seed bc_checkpoint bc_steps eval_only "
     "checkpoint eval_interval log_interval checkpoint_interval capture_video track online_steps compile "
-    "cuda_graph tf32 max_data_gb".split()
+    "cuda_graph max_data_gb".split()
 )
 
 
@@ -91,10 +91,11 @@ def main(args: Args):
         env_id, seed = config["args"]["env_id"], config["args"]["seed"]
         online = config["args"].get("online_steps")  # which follow the offline ones, so those must be equally many
         may_differ = MAY_DIFFER if online else MAY_DIFFER | {"offline_steps"}
-        settings = {key: value for key, value in config["args"].items() if key not in may_differ}
+        # A run older than a switch had it off.
+        settings = {k: value for k, value in config["args"].items() if k not in may_differ and value is not False}
         same = first.setdefault((env_id, method_of(config)), settings)
         for key in settings | same:
-            ours, theirs = settings.get(key), same.get(key)
+            ours, theirs = settings.get(key, "off"), same.get(key, "off")
             if ours != theirs:
                 sys.exit(f"error: {folder} has {key} {ours}, the first run of its method and task {theirs}")
         seeds = groups.setdefault(env_id, {}).setdefault(method_of(config), {})

@@ -139,6 +139,11 @@ def test_runs_are_grouped_by_method_and_drawn_with_their_intervals(tmp_path, cap
         compare.main(compare.Args(runs=(runs[0], other), output=tmp_path / "figure.png"))
     with pytest.raises(SystemExit, match="is no run"):
         compare.main(compare.Args(runs=(tmp_path / "nowhere",), output=tmp_path / "figure.png"))
+    for seed, tf32 in ((7, False), (8, True)):  # a switch that the first run is older than
+        write_run(tmp_path / f"s{seed}", "qam_baseline", seed, [("bc", 9, 0.1)], edit_scale=0.0, tf32=tf32, **qam)
+    compare.main(compare.Args(runs=(runs[0], tmp_path / "s7"), output=tmp_path / "figure.png"))
+    with pytest.raises(SystemExit, match="tf32 True, the first run of its method and task off"):
+        compare.main(compare.Args(runs=(runs[0], tmp_path / "s8"), output=tmp_path / "figure.png"))
 
 
 def test_the_study_says_what_its_runs_say(tmp_path, monkeypatch):

@@ -166,8 +166,8 @@ def test_the_stand_in_refuses_what_a_graph_cannot_hold(stand_in, wrong, why):
     ],
 )
 def test_a_step_of_training_stays_on_its_device(monkeypatch, script, stages, settings):
-    """The device called "meta" holds no numbers: what waits for one fails, and so does what mixes it with the CPU, but for
-    matrix products, whose results would lie elsewhere."""
+    """The device called "meta" holds no numbers: what waits for one fails, and so does what mixes it with the CPU,
+    matrix products excepted."""
     device = torch.device("meta")
     empty = lambda *shape, **_: torch.empty(*shape, device=device)
     monkeypatch.setattr(torch, "randn", empty)

@@ -155,9 +155,9 @@ def cases():
 
 @pytest.mark.parametrize("path, script, compile, device", list(cases()))
 def test_update_makes_the_recorded_numbers(path, script, compile, device):
-    if script is None:
-        pytest.skip("no script implements its algorithm")
     recording = Recording(path, common.choose_device(device, 0))
+    if script is None:
+        pytest.skip(f"no script implements {recording.meta['algo']!r}")
     if compile == "on" and common.choose_compile("auto", recording.device, common.WORTH_COMPILING) == "off":
         pytest.skip("torch.compile does not work here")
     other = {
