@@ -1,12 +1,10 @@
-"""Data loading and evaluation for the TRQAM scripts. Nothing of the algorithm stands here.
+"""What a run needs beside the algorithm, in five rooms: environments, data, collecting, evaluation,
+run files. The scripts share this file and nothing else; nothing of the algorithm stands here.
 
-Two functions are all a script needs for its data: `load_dataset(...)` gives a `ReplayBuffer`, a `ChunkDataset` that can
-grow, and its `sample(batch_size, generator)` a `Batch`. To train on data of your own, replace those two.
-The rest: OGBench environments, collecting data with OGBench's scripted oracles, evaluation in parallel
-environments, what a run writes (settings, logs, checkpoints, curves, video), and how a GPU launches an update at once.
+To copy an algorithm into a project with data of its own, take `Batch` and `ChunkDataset`: they need
+torch and NumPy alone. To train a script on a task of its own, call `register_task`.
 """
 
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -23,633 +21,187 @@ import json
 import math
 import multiprocessing.forkserver
 import os
-import pickle
+import pathlib
 import platform
 import re
-import reprlib
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
-import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", module="glfw")  # MuJoCo's window library warns where there is no screen
-warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # `CudaGraph` captures it later
-import gymnasium
-import ogbench
-from ogbench.relabel_utils import relabel_dataset
-
-gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks of OGBench's spaces warn at each environment
-PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)  # few lines in a log file
+PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is one line that says what is wrong, where, and what to do."""
+    """Something the user can mend: one line that says what is wrong, where, and what to do."""
 
 
 class NotFinite(UserError):
-    """An array that holds a number that is not finite; `Run` adds what to do."""
+    """A number that is not finite."""
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, or else its type: it may stand within our own one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def require(holds: bool, words: str):
+    """Raise UserError, with these words, where something that must hold does not."""
+    if not holds:
+        raise UserError(words)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or else its type, to stand within our own one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def require_finite(name: str, array: np.ndarray):
-    """Raise NotFinite, with the array's name and the first bad place, where a number in it is not finite."""
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
+    """Raise NotFinite, with the array's name and the first bad place, where it is not finite."""
+    if len(bad := np.argwhere(~np.isfinite(array))):
         raise NotFinite(f"{name} is not finite (number {bad[0].tolist()} is {array[tuple(bad[0])]})")
 
 
-# ---------------------------------------------------------------------------------------------------- environments
+# ------------------------------------------------------------------------------------ environments
+# OGBench's single-task environments, and tasks of one's own, with resets that a seed decides.
+# A copier needs `register_task`, and `make_env` to see what it makes.
+
+TASKS: dict[str, tuple[Callable, Callable]] = {}  # env_id -> make_env, load_arrays
 
 
-def split_env_id(env_id: str) -> tuple[str, str]:
-    """Check a single-task id such as `scene-play-singletask-task1-v0` -> (environment, dataset name).
+def register_task(env_id: str, make_env: Callable, load_arrays: Callable):
+    """Let `--env-id env_id` name a task of one's own, with Box spaces of one dimension.
 
-    Here (`scene-singletask-task1-v0`, `scene-play-v0`). Raises UserError, with the nearest known id, for any other.
+    make_env: takes gymnasium.make's keyword arguments (such as `render_mode`) -> gymnasium.Env.
+        Actions are rescaled by Gymnasium's wrapper where their space is not [-1, 1].
+    load_arrays: () -> dict of the arrays that `ChunkDataset.from_transitions` takes.
     """
-    known = known_env_ids()
-    if env_id not in known:
-        nearest = difflib.get_close_matches(env_id, known, n=1, cutoff=0)[0]
-        raise UserError(f"--env-id: unknown environment {env_id!r}; did you mean {nearest!r}?")
-    name = re.fullmatch(r"(?P<env>.+)-(?P<type>[a-z]+)-(?P<task>singletask(-task\d)?)-(?P<version>v\d)", env_id)
-    return f"{name['env']}-{name['task']}-{name['version']}", f"{name['env']}-{name['type']}-{name['version']}"
+    TASKS[env_id] = make_env, load_arrays
 
 
-def domain_of(env_id: str) -> str:
-    """`scene-play-singletask-task1-v0` -> `scene-play`: what the five tasks of a domain, and their prior, share."""
-    return env_id.split("-singletask")[0]
+@functools.cache
+def import_ogbench():
+    """OGBench, which registers its environments. Training renders nothing, so no variable that names
+    a renderer may stop it."""
+    with patch.dict(os.environ, MUJOCO_GL="disable"):
+        import gymnasium
+        import ogbench
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks warn at each environment
+    return ogbench
 
 
 @functools.cache
 def known_env_ids() -> list[str]:
-    """All state-based single-task OGBench ids, the types of dataset that OGBench publishes included."""
+    """All state-based single-task OGBench ids, for the types of dataset that OGBench publishes."""
+    import_ogbench()
+    import gymnasium
+
     types = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch")}
     ids = []
     for name in gymnasium.registry:
         if "-singletask-" in name and not name.startswith("visual-"):
             head, tail = name.split("-singletask-")
-            kind = next((types[key] for key in types if key in head), ("play", "noisy"))
-            ids += [f"{head}-{type_}-singletask-{tail}" for type_ in kind]
+            kinds = next((types[key] for key in types if key in head), ("play", "noisy"))
+            ids += [f"{head}-{kind}-singletask-{tail}" for kind in kinds]
     return ids
 
 
-class SeededReset(gymnasium.Wrapper):
-    """Makes `reset(seed=...)` decide the whole episode.
-
-    OGBench's resets also draw from NumPy's global generator, and take random steps from an action space that is made
-    anew, unseeded, each time it is asked for.
-    """
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        base = env.unwrapped
-        self._space = base.action_space
-        if isinstance(getattr(type(base), "action_space", None), property):
-            base.__class__ = type(type(base).__name__, (type(base),), {"action_space": self._space})
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:
-            np.random.seed(seed)
-            self._space.seed(seed)
-        return self.env.reset(seed=seed, options=options)
+def split_env_id(env_id: str) -> tuple[str, str]:
+    """`scene-play-singletask-task1-v0` -> environment `scene-singletask-task1-v0`, dataset
+    `scene-play-v0`. Raises UserError, with the nearest known id, for an unknown one."""
+    if env_id not in known_env_ids():
+        nearest = difflib.get_close_matches(env_id, known_env_ids(), n=1, cutoff=0)[0]
+        raise UserError(f"--env-id: unknown environment {env_id!r}; did you mean {nearest!r}?")
+    name = re.fullmatch(r"(.+)-([a-z]+)-(singletask(?:-task\d)?)-(v\d)", env_id)
+    return f"{name[1]}-{name[3]}-{name[4]}", f"{name[1]}-{name[2]}-{name[4]}"
 
 
-def make_env(env_id: str, **kwargs) -> gymnasium.Env:
-    """The environment of a single-task id, with seeded resets."""
-    env = gymnasium.make(split_env_id(env_id)[0], **kwargs)
-    # OGBench clips actions itself and returns float64 observations: the checker has nothing to add but warnings.
+def domain_of(env_id: str) -> str:
+    """`scene-play-singletask-task1-v0` -> `scene-play`: what its five tasks, and a prior, share."""
+    return env_id.split("-singletask")[0]
+
+
+def with_seeded_resets(env):
+    """Make `reset(seed=...)` decide the whole episode: OGBench's resets also draw from NumPy's global
+    generator, and take steps from an action space that is made anew, unseeded, at each access."""
+    import gymnasium
+
+    base, space = env.unwrapped, env.unwrapped.action_space
+    if isinstance(getattr(type(base), "action_space", None), property):
+        # No attribute of an instance hides a property: only a class of its own can hold the space.
+        base.__class__ = type(type(base).__name__, (type(base),), {"action_space": space})
+
+    class SeededReset(gymnasium.Wrapper):
+        def reset(self, *, seed: int | None = None, options: dict | None = None):
+            if seed is not None:
+                np.random.seed(seed)
+                space.seed(seed)
+            return self.env.reset(seed=seed, options=options)
+
     return SeededReset(env)
 
 
+def make_env(env_id: str, **kwargs):
+    """The environment of a task, actions in [-1, 1], seeded resets -> gymnasium.Env. Raises
+    UserError for an unknown id, and for spaces that are no Box of one dimension."""
+    import_ogbench()
+    import gymnasium
+
+    if env_id not in TASKS:
+        return with_seeded_resets(gymnasium.make(split_env_id(env_id)[0], **kwargs))
+    env = TASKS[env_id][0](**kwargs)
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            raise UserError(f"{env_id} has the space {space}; it must be a Box of one dimension")
+    if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return with_seeded_resets(env)
+
+
 @functools.cache
-def unplayed_env(env_id: str) -> gymnasium.Env:
-    """One environment of a task, for its sizes and for relabelling data: making one takes a second or two."""
+def unplayed_env(env_id: str):
+    """One environment of a task, for its sizes and for relabelling: making one takes a second."""
     return make_env(env_id)
 
 
-# ------------------------------------------------------------------------------------------------- collecting data
-
-STEPS_PER_EPISODE = {"pointmaze-giant": 2001}  # all others: 1,001, the last of which only holds the final state
-EPISODES_OFFICIAL = {"cube-triple": 3000, "cube-quadruple": 5000, "pointmaze-giant": 500}  # all others: 1,000
-STACKING = {
-    "single": (0, 0),
-    "double": (0, 0.25),
-    "triple": (0.05, 0.35),
-    "quadruple": (0.1, 0.5),
-    "octuple": (0, 0.35),
-}
-
-
-def can_collect(dataset_name: str) -> bool:
-    """Whether OGBench ships the oracle that made this dataset: `play` manipulation and pointmaze `navigate` data."""
-    return bool(re.match(r"((cube|scene|puzzle)-(.+-)?play|pointmaze-\w+-navigate)-v0$", dataset_name))
-
-
-def check_collection(dataset_name: str, dataset_dir: str):
-    """Raise UserError where a dataset cannot be collected into `dataset_dir`, with what to do instead."""
-    if not can_collect(dataset_name):
-        way_out = f"use --collect-episodes 0 and {where_to_put(dataset_name, dataset_dir)}"
-        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; {way_out}")
-    folder = Path(dataset_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--dataset-dir: {folder} cannot be made ({error.strerror}); name another folder") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--dataset-dir: {folder} cannot be written to; name another folder")
-
-
-def official_size(dataset_name: str) -> tuple[int, int]:
-    """(training episodes, steps of each) of the official dataset that OGBench's generator makes."""
-    name = next((key for key in {**EPISODES_OFFICIAL, **STEPS_PER_EPISODE} if dataset_name.startswith(key)), "")
-    return EPISODES_OFFICIAL.get(name, 1000), STEPS_PER_EPISODE.get(name, 1001)
-
-
-@functools.cache
-def collection_env(dataset_name: str) -> gymnasium.Env:
-    """One environment per worker process and dataset, in the mode OGBench's generator uses."""
-    env_name = re.sub(r"-(play|navigate)-", "-", dataset_name)
-    mode = {} if "maze" in env_name else {"mode": "data_collection"}
-    steps = official_size(dataset_name)[1]
-    return SeededReset(gymnasium.make(env_name, terminate_at_goal=False, max_episode_steps=steps, **mode))
-
-
-def collect_play_episode(env: gymnasium.Env, dataset_name: str, seed: int) -> dict[str, list]:
-    """One episode of OGBench's `play` recipe: scripted, noisy oracles pursue one random sub-task after the other."""
-    from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
-    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
-    from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
-    from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
-
-    noise = dict(noise=0.1, noise_smoothing=0.5)
-    if dataset_name.startswith("puzzle"):
-        oracles = {"button": ButtonPlanOracle(env=env, gripper_always_closed=True, **noise)}
-    else:
-        kinds = {
-            "cube": CubePlanOracle,
-            "button": ButtonPlanOracle,
-            "drawer": DrawerPlanOracle,
-            "window": WindowPlanOracle,
-        }
-        oracles = {task: kind(env=env, **noise) for task, kind in kinds.items()}
-
-    ob, info = env.reset(seed=seed)
-    low, high = STACKING.get(dataset_name.split("-")[1], (0.5, 0.5)) if dataset_name.startswith("cube") else (0.5, 0.5)
-    p_stack = np.random.uniform(low, high)
-    oracle = oracles[info["privileged/target_task"]]
-    oracle.reset(ob, info)
-    data = {key: [] for key in ("observations", "actions", "terminals", "qpos", "qvel", "button_states")}
-    done = False
-    while not done:
-        action = np.clip(oracle.select_action(ob, info), -1, 1)
-        next_ob, _, terminated, truncated, info = env.step(action)
-        done = terminated or truncated
-        if oracle.done:
-            ob_target, info_target = env.unwrapped.set_new_target(p_stack=p_stack)
-            oracle = oracles[info_target["privileged/target_task"]]
-            oracle.reset(ob_target, info_target)
-        data["observations"].append(ob)
-        data["actions"].append(action)
-        data["terminals"].append(done)
-        data["qpos"].append(info["prev_qpos"])
-        data["qvel"].append(info["prev_qvel"])
-        if "prev_button_states" in info:
-            data["button_states"].append(info["prev_button_states"])
-        ob = next_ob
-    return data
-
-
-def collect_maze_episode(env: gymnasium.Env, dataset_name: str, seed: int) -> dict[str, list]:
-    """One episode of OGBench's pointmaze `navigate` recipe: noisy steps along the shortest way to one random goal
-    after the other."""
-    maze = env.unwrapped
-    free = [tuple(cell) for cell in np.argwhere(maze.maze_map == 0)]
-    # Goals lie on cells that are no corridor: those that a straight way does not merely pass through.
-    goals = []
-    for i, j in free:
-        vertical = maze.maze_map[i - 1, j] == 0 and maze.maze_map[i + 1, j] == 0
-        horizontal = maze.maze_map[i, j - 1] == 0 and maze.maze_map[i, j + 1] == 0
-        walls_beside = maze.maze_map[i, j - 1] == 1 and maze.maze_map[i, j + 1] == 1
-        walls_above = maze.maze_map[i - 1, j] == 1 and maze.maze_map[i + 1, j] == 1
-        if not (vertical and walls_beside) and not (horizontal and walls_above):
-            goals.append((i, j))
-
-    rng = np.random.default_rng(seed)
-    task = {"init_ij": free[rng.integers(len(free))], "goal_ij": goals[rng.integers(len(goals))]}
-    ob, _ = env.reset(seed=seed, options={"task_info": task})
-    data = {key: [] for key in ("observations", "actions", "terminals", "qpos", "qvel")}
-    done = False
-    while not done:
-        subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
-        direction = subgoal - maze.get_xy()
-        direction = direction / (np.linalg.norm(direction) + 1e-6)
-        action = np.clip(direction + rng.normal(0, 0.5, size=2), -1, 1)
-        next_ob, _, terminated, truncated, info = env.step(action)
-        done = terminated or truncated
-        if info["success"]:
-            goal = maze.ij_to_xy(goals[rng.integers(len(goals))])
-            maze.set_goal(goal_xy=maze.add_noise(goal))
-        data["observations"].append(ob)
-        data["actions"].append(action)
-        data["terminals"].append(done)
-        data["qpos"].append(info["prev_qpos"])
-        data["qvel"].append(info["prev_qvel"])
-        ob = next_ob
-    return data
-
-
-def cube_was_lost(qpos: np.ndarray) -> bool:
-    """Whether the cube of a scene episode, qpos [T, .], was pushed out of reach: OGBench discards such episodes."""
-    y, z = qpos[:, 15], qpos[:, 16]
-    return bool(np.any(y >= 0.29) or np.any((y <= -0.3) & ((z < 0.06) | (z > 0.08))))
-
-
-def collect_episode(dataset_name: str, seed: int, split: str, index: int) -> dict[str, np.ndarray]:
-    """Episode `index` of a dataset's split ("train" or "val"): a function of these arguments alone.
-
-    Returns arrays of T rows in OGBench's types: observations [T, O], actions [T, d], qpos, qvel float32, terminals
-    bool, and button_states int64 where the environment has buttons. The last row holds the final state.
-    """
-    env = collection_env(dataset_name)
-    collect = collect_maze_episode if "maze" in dataset_name else collect_play_episode
-    for attempt in range(1000):
-        entropy = np.random.SeedSequence([seed, ("train", "val").index(split), index, attempt])
-        data = collect(env, dataset_name, int(entropy.generate_state(1)[0]))
-        if not (dataset_name.startswith("scene") and cube_was_lost(np.array(data["qpos"]))):
-            break
-    types = {"terminals": bool, "button_states": np.int64}
-    return {key: np.array(rows, dtype=types.get(key, np.float32)) for key, rows in data.items() if rows}
-
-
-def collected_path(dataset_name: str, episodes: int, seed: int, dataset_dir: str) -> Path:
-    """Where a collected dataset lies: its name says how it was made, so that it never passes for the official one."""
-    name = dataset_name.removesuffix("-v0")
-    return Path(dataset_dir).expanduser() / f"{name}-collected-{episodes}ep-seed{seed}-v0.npz"
-
-
-def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: str, workers: int | None = None) -> Path:
-    """Collect `episodes` training and a tenth as many validation episodes with OGBench's scripted oracle.
-
-    Writes `NAME.npz` and `NAME-val.npz` in OGBench's format, and `NAME.json` with their origin. The data depends on
-    (dataset_name, episodes, seed) alone, not on `workers` (default: one per core). Finished episodes are kept in
-    `NAME.partial` until all are there, so that a collection that was stopped goes on where it was. Returns the path
-    of NAME.npz; at once if it is already there. Raises UserError where no oracle exists.
-    """
-    check_collection(dataset_name, dataset_dir)
-    path = collected_path(dataset_name, episodes, seed, dataset_dir)
-    if path.exists() and collection_of(path):
-        return path
-    partial = path.with_suffix(".partial")
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second run that wants the same data waits for it here
-        if path.exists() and collection_of(path):
-            return path
-        if path.exists() and not partial.exists():
-            raise UserError(f"{path} was not written by a finished collection: move it away, to collect in its place")
-        partial.mkdir(exist_ok=True)
-        jobs = [("train", i) for i in range(episodes)] + [("val", i) for i in range(max(1, episodes // 10))]
-        files = {job: partial / f"{job[0]}-{job[1]:05d}.npz" for job in jobs}
-        missing = [job for job in jobs if not files[job].exists()]
-        steps = official_size(dataset_name)[1]
-        workers = min(workers or os.cpu_count(), len(missing)) or 1
-        with (
-            concurrent.futures.ProcessPoolExecutor(workers, mp_context=process_context()) as pool,
-            tqdm(
-                total=len(jobs) * steps,
-                initial=(len(jobs) - len(missing)) * steps,
-                unit="step",
-                unit_scale=True,
-                desc=f"collecting {dataset_name}",
-                **PROGRESS,
-            ) as bar,
-        ):
-            tasks = [pool.submit(write_episode, dataset_name, seed, *job, files[job]) for job in missing]
-            try:
-                for task in concurrent.futures.as_completed(tasks):
-                    task.result()
-                    bar.update(steps)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        for split, target in (("val", path.with_name(f"{path.stem}-val.npz")), ("train", path)):
-            episodes_of_split = [dict(np.load(files[job])) for job in jobs if job[0] == split]
-            write_npz(target, {k: np.concatenate([e[k] for e in episodes_of_split]) for k in episodes_of_split[0]})
-        origin = dict(
-            origin="collected",
-            dataset=dataset_name,
-            episodes=episodes,
-            collect_seed=seed,
-            sha256=file_hash(path),
-            recipe="OGBench scripted oracle",
-            ogbench=version_of("ogbench"),
-            mujoco=version_of("mujoco"),
-        )
-        write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=1).encode())
-        shutil.rmtree(partial)
-    return path
-
-
-def write_episode(dataset_name: str, seed: int, split: str, index: int, path: Path):
-    """Collect one episode into its file (in a worker process)."""
-    follow_the_parent()
-    write_npz(path, collect_episode(dataset_name, seed, split, index))
-
-
-# ------------------------------------------------------------------------------------------------------------ data
-
-
-class Batch(NamedTuple):
-    """B action chunks with their n-step returns, on the training device (float32)."""
-
-    observation: torch.Tensor  # [B, O], s: where the chunk starts
-    action: torch.Tensor  # [B, c*d], a: its c actions, flattened
-    reward: torch.Tensor  # [B], R: their discounted sum of rewards
-    mask: torch.Tensor  # [B], m: 0 where the task was done within the chunk, so that nothing follows
-    next_observation: torch.Tensor  # [B, O], s': where the chunk ends
-    valid: torch.Tensor  # [B], 0 where an episode ended before the chunk's last action
-
-
-class ChunkDataset:
-    """Transitions on one device, sampled as action chunks.
-
-    Holds the rows of OGBench's files as they are, each episode's final state included, so that the next observation is
-    the next row and is not stored twice. A *transition* is a row that is not an episode's last.
-
-    Args:
-        observations: [M, O], actions: [M, d], rewards: [M], masks: [M] (0 where the task is done), float32.
-        terminals: [M] bool, True at each episode's last row (the file's last row ends an episode in any case).
-        chunk_length: c, at least 1 and at most the number of transitions.
-        gamma: discount per step, in (0, 1].
-        sparse: replace every reward that is not 0 by -1.
-        device: where the data lives and is sampled.
-    """
-
-    def __init__(
-        self,
-        observations,
-        actions,
-        rewards,
-        masks,
-        terminals,
-        chunk_length: int,
-        gamma: float,
-        sparse: bool = False,
-        device: torch.device | str = "cpu",
-    ):
-        last_rows = np.flatnonzero(
-            np.concatenate([terminals[:-1].astype(bool), [True]])
-        )  # [episodes], rows of the file
-        on_device = lambda array, dtype=torch.float32: torch.as_tensor(array, dtype=dtype, device=device)
-        self.observations = on_device(observations)
-        self.actions = on_device(actions).clamp(-1 + 1e-5, 1 - 1e-5)
-        self.rewards = on_device(np.where(np.asarray(rewards) != 0, -1.0, 0.0) if sparse else rewards)
-        self.masks = on_device(masks)
-        # Transitions are numbered without the final states; episode e's end at transition ends[e] - 1.
-        self.ends = on_device(last_rows - np.arange(len(last_rows)), torch.int64)  # [episodes]
-        self.size = len(observations) - len(last_rows)
-        self.chunk_length = chunk_length
-        self.gamma = gamma
-        self.sparse = sparse
-        self.steps = torch.arange(chunk_length, device=device)  # [c]
-
-    def to(self, device: torch.device) -> "ChunkDataset":
-        """Move it to a device, in place."""
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device))
-        return self
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """`batch_size` chunks whose first transition is uniform over 0 ... size - c."""
-        return self.chunks(self.starts(0, self.size, batch_size, generator))
-
-    def starts(self, first: int, stop: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n uniform first transitions of chunks that lie within the transitions first ... stop - 1 -> [n]."""
-        high = stop - self.chunk_length + 1
-        return torch.randint(first, high, (n,), generator=generator, device=generator.device)
-
-    def chunks(self, start: torch.Tensor) -> Batch:
-        """The chunks of c transitions that begin at transitions start [B] (int64)."""
-        transition = start[:, None] + self.steps  # [B, c]
-        episode = torch.searchsorted(self.ends, transition, right=True)  # [B, c]
-        row = transition + episode  # [B, c]: each earlier episode holds one final state more
-        inside = (episode == episode[:, :1]).float()  # [B, c]: the step is still in the episode the chunk began in
-        discount = self.gamma**self.steps  # [c]
-        reward = (discount * self.rewards[row] * inside).sum(-1)
-        mask = torch.where(inside.bool(), self.masks[row], 1.0).amin(-1)
-        steps_inside = inside.long().sum(-1)  # [B]
-        return Batch(
-            observation=self.observations[row[:, 0]],
-            action=self.actions[row].flatten(1),
-            reward=reward,
-            mask=mask,
-            next_observation=self.observations[row[:, 0] + steps_inside],
-            valid=inside[:, -1],
-        )
-
-
-class ReplayBuffer(ChunkDataset):
-    """A `ChunkDataset` that online transitions are appended to, as one row each and one more at each episode's end.
-
-    Call `make_room` once, for all transitions that will come: nothing is ever overwritten.
-
-    Attributes:
-        offline_size, offline_rows: transitions and rows before the first online one.
-        episodes: finished ones; the running episode, if any, has this number.
-    """
-
-    ROWS = ("observations", "actions", "rewards", "masks")
-
-    def make_room(self, transitions: int):
-        """Allocate rows for this many transitions more, and for the final states of episodes of 20 steps; where they
-        are shorter, rows are added as they come."""
-        self.offline_size, self.offline_rows = self.size, len(self.observations)
-        self.episodes = len(self.ends)
-        self.saved_rows, self.saved_crc32 = 0, 0
-        self.spare_episodes = transitions // 20 + 1
-        if transitions:  # otherwise nothing is copied
-            self.add_rows(transitions + self.spare_episodes)
-
-    def add_rows(self, rows: int):
-        """Add empty rows, and room for the ends of `spare_episodes`."""
-        room = lambda old, count, value: torch.cat([old, old.new_full((count, *old.shape[1:]), value)])
-        for name in self.ROWS:
-            setattr(self, name, room(getattr(self, name), rows, 0))
-        self.ends = room(self.ends, self.spare_episodes, torch.iinfo(torch.int64).max)  # of one that has not ended
-
-    def append(self, observation, action, reward: float, mask: float, next_observation, done: bool):
-        """Add a transition of the running episode; done: it is the episode's last.
-
-        observation, next_observation [O], action [d]: arrays; mask: 0 where the task is done.
-        """
-        row = self.size + self.episodes
-        on_device = lambda array: torch.as_tensor(array, dtype=torch.float32, device=self.observations.device)
-        self.observations[row], self.observations[row + 1] = on_device(observation), on_device(next_observation)
-        self.actions[row] = on_device(action)
-        self.rewards[row] = -float(reward != 0) if self.sparse else float(reward)
-        self.masks[row] = float(mask)
-        self.size += 1
-        if done:
-            self.ends[self.episodes] = self.size
-            self.episodes += 1
-            if self.episodes == len(self.ends):
-                self.add_rows(self.spare_episodes)
-
-    def sample_balanced(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """Half of the chunks (rounded down) begin in the offline part, the others in the online one, which must hold a
-        whole chunk."""
-        half = batch_size // 2
-        offline = self.starts(0, self.offline_size, half, generator)
-        online = self.starts(self.offline_size, self.size, batch_size - half, generator)
-        return self.chunks(torch.cat([offline, online]))
-
-    def save(self, path: Path) -> dict[str, Any]:
-        """Write the appended rows that are new since the last `save` into `path`, behind the older ones.
-
-        Returns what a checkpoint must hold beside that file. Rows that a stopped run wrote after its last checkpoint
-        are written over. Raises UserError where the disk is full or not writable.
-        """
-        new = slice(self.offline_rows + self.saved_rows, self.size + self.episodes)
-        rows = torch.column_stack([getattr(self, name)[new] for name in self.ROWS]).numpy(force=True)  # [., O + d + 2]
-        if len(rows):
-            write_from(path, self.saved_rows * rows[0].nbytes, rows.tobytes())
-        self.saved_rows += len(rows)
-        self.saved_crc32 = zlib.crc32(rows.tobytes(), self.saved_crc32)
-        state = {"rows": self.saved_rows, "crc32": self.saved_crc32, "size": self.size, "episodes": self.episodes}
-        return state | {"ends": self.ends[: self.episodes].clone()}
-
-    def load(self, path: Path, state: dict[str, Any]):
-        """Append again what `save` wrote; `make_room` must have been called. Raises UserError where `path` is damaged.
-
-        The running episode's newest observation is not in the file: the next `append` brings it.
-        """
-        widths = [self.observations.shape[1], self.actions.shape[1], 1, 1]
-        rows, numbers, ends = state["rows"], state["rows"] * sum(widths), state["ends"]
-        fits = state["size"] + state["episodes"] == self.offline_rows + rows and self.offline_size <= state["size"]
-        fits = fits and ends.shape == (state["episodes"],)
-        fits = fits and bool((ends.diff() > 0).all() and (0 < ends).all() and (ends <= state["size"]).all())
-        fits = fits and 4 * numbers <= (path.stat().st_size if path.is_file() else 0)
-        stored = np.fromfile(path, np.float32, numbers) if fits and rows else np.empty(0, np.float32)
-        if not fits or zlib.crc32(stored) != state["crc32"]:
-            raise UserError(f"--resume: {path} is damaged or missing, so this run cannot go on; start a new one")
-        while len(self.ends) <= state["episodes"]:
-            self.add_rows(self.spare_episodes)
-        for name, column in zip(self.ROWS, torch.from_numpy(stored.reshape(-1, sum(widths))).split(widths, dim=1)):
-            array = getattr(self, name)
-            array[self.offline_rows :][:rows] = column.reshape(rows, *array.shape[1:])
-        self.ends[: state["episodes"]] = ends
-        self.size, self.episodes = state["size"], state["episodes"]
-        self.saved_rows, self.saved_crc32 = rows, state["crc32"]
-
-
-class RotatingShards:
-    """A dataset of several files, of which one at a time is on the device, while the next is read in the background
-    into the computer's own memory.
-
-    Batch n is drawn from file n // 1000, counted round: a run that resumes needs to know n alone.
-
-    Args:
-        files: of the dataset, two or more.
-        load: reads one of them.
-        device: where batches are drawn.
-        drawn: batches that were drawn before.
-
-    Attributes:
-        size: transitions of the file that is resident.
-    """
-
-    BATCHES_PER_FILE = 1_000
-
-    def __init__(self, files: list[Path], load: Callable[[Path], ReplayBuffer], device: torch.device, drawn: int = 0):
-        self.files, self.load_file, self.device, self.drawn = files, load, device, drawn
-        self.reader = concurrent.futures.ThreadPoolExecutor(1)
-        self.number = self.file_of(drawn)
-        self.resident = load(files[self.number]).to(device)
-        self.read_ahead()
-
-    def file_of(self, batch: int) -> int:
-        """Number of the file that a batch is drawn from."""
-        return batch // self.BATCHES_PER_FILE % len(self.files)
-
-    def read_ahead(self):
-        """Begin to read the file after the resident one."""
-        self.following = self.reader.submit(self.load_file, self.files[(self.number + 1) % len(self.files)])
-
-    @property
-    def size(self) -> int:
-        return self.resident.size
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """As `ChunkDataset.sample`, of the file whose turn it is. Raises UserError where the next cannot be read."""
-        if self.number != self.file_of(self.drawn):
-            self.number, self.resident = self.file_of(self.drawn), None  # which makes room for the next
-            self.resident = self.following.result().to(self.device)
-            self.read_ahead()
-        self.drawn += 1
-        return self.resident.sample(batch_size, generator)
-
-    def make_room(self, transitions: int):
-        """Nothing can be appended. Raises UserError where anything is to be."""
-        if transitions:
-            raise UserError(
-                f"--online-steps: an online stage needs all data on the device, and these {len(self.files)} files take "
-                "turns there; raise --max-data-gb, or name fewer with --dataset-path"
-            )
-
-    def save(self, path: Path) -> dict[str, Any]:
-        """As `ReplayBuffer.save`: there is nothing to save."""
-        return {}
-
-
 class OnlineEnvironment:
-    """The environment that a policy collects in, one step at a time.
-
-    Episode i is decided by (seed, i) and the actions taken, so that a stopped run plays its running episode again.
+    """The environment that a policy collects in, one step at a time. Episode i is decided by (seed,
+    i) and the actions taken, so that a stopped run plays its running episode again.
 
     Attributes:
         observation: [O], the current one.
-        chunk: [n, d], what is left of the action chunk in execution; the caller's, and kept in the state.
-        last_episode: return, length and success of the newest finished one; empty before.
-        taken: steps, over all episodes.
+        chunk: [n, d], what is left of the action chunk in execution; the caller's.
     """
 
     def __init__(self, env_id: str, seed: int):
-        self.env, self.seed, self.last_episode = make_env(env_id), seed, {}
-        self.taken = 0
-        self.steps, self.seconds = 0, 0.0  # since the last report
+        self.env, self.seed, self.taken, self.last_episode = make_env(env_id), seed, 0, {}
+        self.steps, self.seconds = 0, 0.0  # of this sitting
         self.begin(0)
 
     def begin(self, episode: int):
         """Start an episode."""
         self.episode, self.rewards, self.actions = episode, [], []
         self.chunk = np.empty((0, *self.env.action_space.shape), dtype=np.float32)
-        # SeedSequence takes missing numbers as 0: the 2 tells this episode from the one that is evaluated.
+        # SeedSequence takes missing numbers as 0: the 2 tells this episode from an evaluated one.
         seed = np.random.SeedSequence([self.seed, episode, 2]).generate_state(1)[0]
         self.observation, _ = self.env.reset(seed=int(seed))
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float, np.ndarray, bool]:
-        """Execute an action [d]; an episode that ends drops its chunk, and is followed by the next at once.
+    def step(self, action: np.ndarray) -> tuple:
+        """Execute an action [d]; an episode that ends drops its chunk, and is followed by the next.
 
-        Returns the transition as `ReplayBuffer.append` takes it. Its mask is 0 where the episode terminated, and 1
-        where only its time was up.
+        Returns the transition, as `ChunkDataset.append` takes it: its mask is 0 where the episode
+        terminated, and 1 where only its time was up. Raises NotFinite.
         """
         start, observation = time.perf_counter(), self.observation
         self.taken += 1
@@ -659,355 +211,666 @@ class OnlineEnvironment:
         require_finite(f"the reward of online step {self.taken}", np.array(reward))
         self.rewards.append(float(reward))
         self.actions.append(action)
-        transition = observation, action, float(reward), 1.0 - terminated, self.observation, terminated or truncated
-        if terminated or truncated:
-            self.last_episode = {
-                "charts/online_return": sum(self.rewards),
-                "charts/online_length": len(self.rewards),
-                "charts/online_success": float(info["success"]),
-            }
+        done = bool(terminated or truncated)
+        transition = observation, action, float(reward), 1.0 - terminated, self.observation, done
+        if done:
+            episode = {"return": sum(self.rewards), "length": len(self.rewards)}
+            episode |= {"success": float(info["success"])} if "success" in info else {}
+            self.last_episode = {f"charts/online_{key}": value for key, value in episode.items()}
             self.begin(self.episode + 1)
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
         return transition
 
     def report(self) -> dict[str, float]:
-        """Steps per second of the environment alone since the last report, if there were any, and `last_episode`."""
-        speed = {"charts/environment_SPS": self.steps / self.seconds} if self.steps else {}
-        self.steps, self.seconds = 0, 0.0
-        return speed | self.last_episode
+        """The newest finished episode, and the steps per second of the environment alone."""
+        return {"charts/environment_SPS": self.steps / self.seconds, **self.last_episode}
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        actions = torch.from_numpy(np.array(self.actions, np.float32).reshape(-1, *self.env.action_space.shape))
-        state = {"episode": self.episode, "actions": actions, "chunk": torch.from_numpy(self.chunk.copy())}
-        state |= {"observation": torch.as_tensor(self.observation), "last_episode": self.last_episode}
-        return state | {"taken": self.taken}
+        actions = np.array(self.actions, np.float32).reshape(-1, *self.env.action_space.shape)
+        arrays = dict(actions=actions, chunk=self.chunk, observation=self.observation)
+        numbers = dict(episode=self.episode, taken=self.taken, last_episode=self.last_episode)
+        return numbers | {name: torch.tensor(array) for name, array in arrays.items()}
 
     def load_state_dict(self, state: dict[str, Any]):
-        """Return to a state, by playing its running episode again from its start. Says so where that ends elsewhere."""
-        for name in ("actions", "chunk"):
-            if state[name].shape[1:] != self.env.action_space.shape:
-                raise ValueError(f"{name} of another environment")
+        """Return to a state, by playing its running episode again. Says so where that ends elsewhere,
+        as on another processor."""
         self.begin(state["episode"])
         for action in state["actions"].numpy():
             if self.step(action)[-1]:
                 break  # it ended, which it had not
         self.last_episode, self.taken = state["last_episode"], state["taken"]
+        self.steps, self.seconds = 0, 0.0  # what is played again does not count
         if np.array_equal(self.observation, state["observation"].numpy()):
             self.chunk = state["chunk"].numpy()
         else:
-            print("note: this machine plays the running episode otherwise, so the run will not end as if never stopped")
-        self.report()  # steps that are played again do not count
+            print("note: this machine plays the running episode otherwise: the run ends otherwise too")
 
 
-def where_to_put(dataset_name: str, dataset_dir: str) -> str:
-    """How to come by a dataset that OGBench's oracles cannot make, in words."""
-    folder = Path(dataset_dir).expanduser()
-    return (
-        f"put {dataset_name}.npz (from OGBench's host or a mirror) into {folder}, or name the file with --dataset-path"
-    )
+# -------------------------------------------------------------------------------------------- data
+# Transitions on one device, sampled as action chunks, and where they come from. A copier needs
+# `Batch` and `ChunkDataset` (`ChunkDataset.from_transitions` for the usual layout).
+
+
+class Batch(NamedTuple):
+    """B action chunks with their n-step returns, on the training device (float32)."""
+
+    observation: torch.Tensor  # [B, O], s: where the chunk starts
+    action: torch.Tensor  # [B, c*d], a: its c actions, flattened
+    reward: torch.Tensor  # [B], R: their discounted sum of rewards
+    mask: torch.Tensor  # [B], m: 0 where the task was done within the chunk: nothing follows
+    next_observation: torch.Tensor  # [B, O], s': where the chunk ends
+    valid: torch.Tensor  # [B], 0 where an episode ended before the chunk's last action
+
+
+class ChunkDataset:
+    """Transitions on one device, sampled as action chunks; online, more are appended.
+
+    Holds the rows of OGBench's files as they are: each episode's final state is a row of its own,
+    marked in `terminals`, so that the next observation is the next row and is not stored twice. A
+    *transition* is a row that is not an episode's last. Transitions as Gymnasium, D4RL and Minari
+    have them go through `from_transitions`.
+
+    Args (arrays, lists or tensors):
+        observations: [M, O], actions: [M, d] in [-1, 1], rewards: [M], masks: [M] (0 where the task
+            is done, else 1), terminals: [M], true at each episode's last row, its final state.
+        chunk_length: c, from 1 to the number of transitions. gamma: discount per step, in (0, 1].
+        sparse: replace every reward that is not 0 by -1.
+        device: where the data lives; batches come to their generator's device.
+
+    Raises ValueError, with the array's name and the way out, for what does not fit or cannot be
+    meant. Attributes: size, the number of transitions; offline_size, those not appended.
+    """
+
+    ARRAYS = ("observations", "actions", "rewards", "masks")
+
+    def __init__(self, observations, actions, rewards, masks, terminals, chunk_length: int,
+                 gamma: float, sparse: bool = False, device: torch.device | str = "cpu"):
+        arrays = observations, actions, rewards, masks, terminals
+        arrays = [x if isinstance(x, torch.Tensor) else np.asarray(x) for x in arrays]
+        arrays = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in arrays]
+        check_arrays(**dict(zip((*self.ARRAYS, "terminals"), arrays)))
+        self.observations, self.actions, self.rewards, self.masks, terminals = arrays
+        self.actions = self.actions.clamp(-1 + 1e-5, 1 - 1e-5)
+        self.rewards = -(self.rewards != 0).float() if sparse else self.rewards
+        terminals[-1] = 1.0  # the last row of all ends an episode in any case
+        final = terminals.nonzero().flatten()  # [episodes], rows
+        # Transitions are numbered without the final states: episode e's last one is ends[e] - 1.
+        self.ends = final - torch.arange(len(final), device=device)  # [episodes]
+        self.episodes = self.offline_episodes = len(final)  # the running one has this number
+        self.size = self.offline_size = len(terminals) - len(final)
+        self.chunk_length, self.gamma, self.sparse = chunk_length, gamma, sparse
+        if not 1 <= chunk_length <= self.size:
+            raise ValueError(f"{self.size} transitions hold no chunk of length {chunk_length}")
+
+    @classmethod
+    def from_transitions(cls, observations, actions, rewards, next_observations, terminated, truncated,
+                         *, low, high, chunk_length: int, gamma: float, sparse: bool = False,
+                         device: torch.device | str = "cpu") -> "ChunkDataset":
+        """A dataset from N transitions in their order.
+
+        observations, next_observations [N, O], actions [N, d], rewards [N]; terminated [N]: the task
+        ended there, and nothing follows; truncated [N]: the episode was cut there. The last row
+        ends an episode in any case. low, high: numbers or [d], the action space's bounds, which are
+        scaled to [-1, 1]. Raises ValueError, also where rows do not follow each other.
+        """
+        given = dict(observations=observations, actions=actions, next_observations=next_observations,
+                     rewards=rewards, terminated=terminated, truncated=truncated)
+        given = {key: torch.as_tensor(np.asarray(x)).numpy() for key, x in given.items()}
+        n = len(given["rewards"])
+        for key, array in given.items():
+            if array.shape[:1] != (n,) or array.ndim != 1 + key.endswith("ons"):
+                kind = "[N, ...]" if key.endswith("ons") else "[N]"
+                raise ValueError(f"{key} must be {kind} for N = {n} rewards, not {array.shape}")
+        s, a, following, rewards, terminated, truncated = given.values()
+        done = terminated.astype(bool) | truncated.astype(bool)
+        done[-1:] = True
+        breaks = ~done[:-1] & ~np.isclose(following[:-1], s[1:], atol=1e-4, equal_nan=True).all(-1)
+        if breaks.any():
+            raise ValueError(f"next_observations[{breaks.argmax()}] is not the row after it: keep rows "
+                             "in order, and mark each episode's end in terminated or truncated")
+        low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
+        if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
+            raise ValueError(f"low {low} must be below high {high}, and both finite")
+        row = np.arange(n) + np.cumsum(done) - done  # each end is followed by a final state's row
+        final = row[done] + 1
+        rows = n + len(final)
+
+        def spread(values, at_final):
+            array = np.empty((rows, *values.shape[1:]), np.float32)
+            array[row], array[final] = values, at_final
+            return array
+
+        return cls(
+            spread(s, following[done]), spread(2 * (a - low) / (high - low) - 1, 0),
+            spread(rewards, 0), spread(1 - terminated.astype(np.float32), 1),
+            np.isin(np.arange(rows), final), chunk_length, gamma, sparse, device,
+        )
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """`batch_size` chunks whose first transition is uniform over 0 ... size - c."""
+        return self.chunks(self.starts(0, self.size, batch_size, generator))
+
+    def sample_balanced(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Half of the chunks (rounded down) begin in the offline part, the others in what was
+        appended, which must hold a whole chunk."""
+        half = batch_size // 2
+        offline = self.starts(0, self.offline_size, half, generator)
+        online = self.starts(self.offline_size, self.size, batch_size - half, generator)
+        return self.chunks(torch.cat([offline, online]))
+
+    def starts(self, first: int, stop: int, n: int, generator: torch.Generator) -> torch.Tensor:
+        """n uniform first transitions of chunks within the transitions first ... stop - 1 -> [n]."""
+        high = stop - self.chunk_length + 1
+        return torch.randint(first, high, (n,), generator=generator, device=generator.device)
+
+    def chunks(self, start: torch.Tensor) -> Batch:
+        """The chunks that begin at transitions start [B] (int64), on its device."""
+        device, start = start.device, start.to(self.ends.device)
+        steps = torch.arange(self.chunk_length, device=start.device)  # [c]
+        transition = start[:, None] + steps  # [B, c]
+        episode = torch.searchsorted(self.ends, transition, right=True)  # [B, c]
+        row = transition + episode  # [B, c]: each earlier episode holds one final state more
+        inside = (episode == episode[:, :1]).float()  # [B, c]: still in the chunk's first episode
+        batch = Batch(
+            observation=self.observations[row[:, 0]],
+            action=self.actions[row].flatten(1),
+            reward=(self.gamma**steps * self.rewards[row] * inside).sum(-1),
+            mask=torch.where(inside.bool(), self.masks[row], 1.0).amin(-1),
+            next_observation=self.observations[row[:, 0] + inside.long().sum(-1)],
+            valid=inside[:, -1],
+        )
+        return Batch(*(array.to(device) for array in batch))
+
+    def make_room(self, transitions: int):
+        """Allocate rows for so many that will be appended, even if each ends an episode."""
+        never = torch.iinfo(torch.int64).max  # the end of an episode that has not ended
+        for name, count, value in (*((x, 2 * transitions, 0) for x in self.ARRAYS),
+                                   ("ends", transitions + 1, never)):
+            array = getattr(self, name)
+            empty = array.new_full((count, *array.shape[1:]), value)
+            setattr(self, name, torch.cat([array, empty]))
+
+    def append(self, observation, action, reward: float, mask: float, next_observation, done: bool):
+        """Add a transition of the running episode, after `make_room`. observation, next_observation
+        [O], action [d]: arrays; mask: 0 where the task is done; done: it is the episode's last."""
+        row = self.size + self.episodes
+        convert = functools.partial(torch.tensor, dtype=torch.float32, device=self.ends.device)
+        self.observations[row] = convert(observation)
+        self.observations[row + 1] = convert(next_observation)
+        self.actions[row] = convert(action)
+        self.rewards[row] = -float(reward != 0) if self.sparse else float(reward)
+        self.masks[row] = float(mask)
+        self.size += 1
+        if done:
+            self.ends[self.episodes] = self.size
+            self.episodes += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was appended, but for the running episode's newest observation: the next `append`
+        brings it."""
+        rows = slice(self.offline_size + self.offline_episodes, self.size + self.episodes)
+        ends = self.ends[self.offline_episodes : self.episodes].clone()
+        return dict(ends=ends) | {name: getattr(self, name)[rows].clone() for name in self.ARRAYS}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        """Append again what another of the same offline data had, after `make_room`."""
+        first, rows, ends = self.offline_size + self.offline_episodes, len(state["masks"]), state["ends"]
+        for name in self.ARRAYS:
+            getattr(self, name)[first : first + rows] = state[name]
+        self.episodes = self.offline_episodes + len(ends)
+        self.size = first + rows - self.episodes
+        self.ends[self.offline_episodes : self.episodes] = ends
+        if not (self.ends[1 : self.episodes + 1] > self.ends[: self.episodes]).all():
+            raise ValueError("its episodes do not follow each other")
+
+
+def check_arrays(observations, actions, rewards, masks, terminals):
+    """Raise ValueError for arrays (float32 tensors) that no `ChunkDataset` can be made of."""
+    for name, array in (*zip(ChunkDataset.ARRAYS, (observations, actions, rewards, masks)),
+                        ("terminals", terminals)):
+        dims, rows = 1 + name.endswith("ons"), rewards.shape[:1]
+        if array.ndim != dims or array.shape[:1] != rows or not array.numel():
+            kind = "[M, ...]" if dims == 2 else "[M]"
+            raise ValueError(f"{name} must be {kind} for M rewards, of {[*rewards.shape]}, not "
+                             f"{[*array.shape]}")
+        low, high = array.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{name} is not finite: remove rows that hold NaN or infinity")
+        if name == "actions" and max(-low, high) > 1 + 1e-3:
+            raise ValueError(f"actions lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: scale them, as "
+                             "from_transitions does, by the action space's low and high")
+    last = terminals != 0
+    if not last.any():
+        raise ValueError("terminals marks no episode's end: set it at each final state, or give "
+                         "transitions to ChunkDataset.from_transitions")
+    for name, where in (("mask 0", masks == 0), ("reward", rewards != 0)):
+        if where.any() and not where[~last].any():
+            raise ValueError(f"every {name} stands at an episode's last row, a final state, which is no "
+                             "transition: give transitions to ChunkDataset.from_transitions")
+
+
+def read_npz(path: Path, keys) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file; nothing in it is executed. Raises UserError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file, np.errstate(all="ignore"):
+            if not (missing := [key for key in keys if key not in file]):
+                return {key: file[key] for key in keys}
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise UserError(f"{path} cannot be read as .npz, and may be damaged or cut short: fetch or "
+                        f"collect it again ({one_line(error)})") from error
+    raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
+
+
+def read_file(path: Path, env) -> dict[str, np.ndarray]:
+    """Rows of an OGBench file, with OGBench's rewards and masks of the environment's task. Raises
+    UserError where it is damaged or another environment's."""
+    from ogbench.relabel_utils import relabel_dataset
+
+    base = env.unwrapped
+    shapes = dict(observations=env.observation_space.shape, actions=env.action_space.shape)
+    shapes |= dict(terminals=(), qpos=(base.model.nq,))
+    if hasattr(base, "_cur_button_states"):
+        shapes["button_states"] = base._cur_button_states.shape
+    data = read_npz(path, shapes)
+    rows = data["terminals"].size
+    for key, array in data.items():
+        if array.shape != (rows, *shapes[key]) or not rows:
+            raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs "
+                            f"{(rows, *shapes[key])}")
+        kind = array.dtype.kind
+        if kind in "fiub":
+            with np.errstate(all="ignore"):  # too large a number is infinite, and refused
+                data[key] = array.astype(np.float32 if kind == "f" else array.dtype.newbyteorder("="))
+        if kind not in "fiub" or not np.isfinite(data[key]).all():
+            raise UserError(f"{path}: {key} holds what is no finite number; fetch or collect it again")
+    relabel_dataset(env.spec.id, env, data)
+    final = data["terminals"] = data["terminals"].astype(bool)
+    final[-1] = True  # a file's end ends an episode
+    data["rewards"][final], data["masks"][final] = 0, 1  # those of final states mean nothing
+    return data
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that data may take there: most of what is free on a GPU, half of it in the host."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(OSError):
+        memory = Path("/proc/meminfo").read_text()
+        return 512 * int(re.search(r"MemAvailable:\s+(\d+) kB", memory)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool = False,
+                 device: torch.device | str = "cpu", dataset_path: str = "",
+                 dataset_dir: str = "~/.ogbench/data", collect_episodes: int = 0,
+                 collect_seed: int = 0) -> tuple[ChunkDataset, dict[str, Any]]:
+    """The training data of a task -> (the data, what it is and where it comes from).
+
+    `dataset_path` (a file, or a folder whose files are one dataset) if given; else
+    `collect_episodes` collected episodes if > 0; else the official file; for a task of one's own,
+    its arrays. It lives on `device` where it fits, else in the host's memory. Raises UserError for
+    data that is missing, damaged, of another environment, or fits nowhere.
+    """
+    device, env = torch.device(device), unplayed_env(env_id)
+    settings = dict(chunk_length=chunk_length, gamma=gamma, sparse=sparse)
+    if env_id in TASKS:
+        arrays, space, digest = TASKS[env_id][1](), env.unwrapped.action_space, hashlib.sha256()
+        for key in sorted(arrays):
+            digest.update(np.ascontiguousarray(arrays[key]).tobytes())
+        info = dict(origin="own", dataset=env_id, files=[], sha256=digest.hexdigest())
+        make = functools.partial(ChunkDataset.from_transitions, low=space.low, high=space.high)
+    else:
+        name = split_env_id(env_id)[1]
+        files, info = find_files(name, dataset_path, dataset_dir, collect_episodes, collect_seed)
+        widths = env.observation_space.shape, env.action_space.shape, (), ()
+        rows = [read_npz(path, ["terminals"])["terminals"].size for path in files]
+        need, asked = 4 * sum(rows) * sum(math.prod(width) for width in widths), device
+        if need > free_memory(device):
+            device = torch.device("cpu")
+            print(f"note: {need / 2**30:.1f} GiB of data, more than {asked} has free: it lies in the "
+                  "host's memory, and each batch is copied from there")
+        if need > free_memory(device):
+            raise UserError(f"the data takes {need / 2**30:.1f} GiB, but {free_memory(device) / 2**30:.1f} "
+                            "are free in the host's memory; name fewer files with --dataset-path")
+        # The files are read one after another into place: one alone is ever held twice.
+        held = [torch.empty(sum(rows), *width, device=device) for width in (*widths, ())]
+        for path, part in zip(files, torch.arange(sum(rows)).split(rows)):
+            data = read_file(path, env)
+            for array, key in zip(held, (*ChunkDataset.ARRAYS, "terminals")):
+                array[int(part[0]) : int(part[-1]) + 1] = torch.from_numpy(data[key])
+        arrays, make = dict(zip((*ChunkDataset.ARRAYS, "terminals"), held)), ChunkDataset
+    try:
+        dataset = make(**arrays, **settings, device=device)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the data of {env_id}: {error}") from error
+    info |= dict(transitions=dataset.size, episodes=dataset.episodes)
+    return dataset, info | dict(success_fraction=float((dataset.masks == 0).float().mean()))
+
+
+def find_files(dataset_name: str, dataset_path: str, dataset_dir: str, collect_episodes: int,
+               collect_seed: int) -> tuple[list[Path], dict[str, Any]]:
+    """The files of a dataset, collected or downloaded where they are not there, and their origin."""
+    if dataset_path:
+        given, origin = Path(dataset_path).expanduser(), "path"
+        files = [given]
+        if given.is_dir():
+            files = sorted(x for x in given.glob("*.npz") if not x.stem.endswith("-val"))
+        if not given.exists() or not files:
+            what = "holds no .npz file" if given.exists() else "does not exist"
+            raise UserError(f"--dataset-path: {given} {what}")
+    elif collect_episodes:
+        files = [collect_dataset(dataset_name, collect_episodes, collect_seed, dataset_dir)]
+        origin = "collected"
+    else:
+        files, origin = [official_file(dataset_name, dataset_dir)], "official"
+    hashes = [file_hash(path) for path in files]
+    made = collection_of(files[0]) if len(files) == 1 else {}
+    if made.get("sha256") == hashes[0]:
+        if made["dataset"] != dataset_name:
+            raise UserError(f"{files[0]} was collected as {made['dataset']}; this needs {dataset_name}")
+    elif origin == "collected":
+        raise UserError(f"{files[0]} is no longer what was collected: remove it, to collect it again")
+    else:
+        made = dict(origin=origin)
+    sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return files, made | dict(dataset=dataset_name, files=[str(x) for x in files], sha256=sha256)
 
 
 def official_file(dataset_name: str, dataset_dir: str) -> Path:
     """The official training file, downloaded by ogbench where it is not in `dataset_dir` yet.
-
-    Raises UserError, which says how to go on without it, when it cannot be downloaded.
-    """
+    Raises UserError, which says how to go on without it, where it does not come whole."""
     path = Path(dataset_dir).expanduser() / f"{dataset_name}.npz"
     if path.exists():
         return path
+    make_folder(path.parent, "--dataset-dir")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        ogbench.download_datasets([dataset_name], str(path.parent))
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as work:
+            import_ogbench().download_datasets([dataset_name], work)
+            read_npz(Path(work, path.name), ["observations", "actions", "terminals"])
+            os.replace(Path(work, path.name), path)
     except Exception as error:
-        size = official_size(dataset_name)[0]
-        way_out = (
-            f"collect it with OGBench's own oracle: --collect-episodes {size} (100 are enough for a try)"
-            if can_collect(dataset_name)
-            else f"no oracle for it exists, so {where_to_put(dataset_name, dataset_dir)}"
-        )
-        raise UserError(f"the official {dataset_name}.npz could not be downloaded ({error}); {way_out}") from error
+        way = f"put a mirror's or another machine's copy at {path}, or name it with --dataset-path"
+        if can_collect(dataset_name):
+            way += (f"; or collect it with OGBench's own oracle: --collect-episodes "
+                    f"{official_size(dataset_name)[0]} (100 are enough for a try)")
+        raise UserError(f"the official {path.name} could not be downloaded ({one_line(error)}): no "
+                        f"whole file came; {way}") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return path
 
 
-MOST_COMPRESSED = 100  # times its size that a file's arrays may take: real ones take a few times theirs
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    """For a dataset file."""
-    return UserError(f"{path} cannot be read as .npz ({error}); it may be damaged: fetch or collect it again")
-
-
-def npz_shapes(path: Path, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """Shapes of arrays of an OGBench .npz file, by their headers.
-
-    Raises UserError where it is none, lacks a key, or declares more than it can hold: nothing of it is unpacked.
-    """
-    try:
-        if not path.is_file():
-            raise ValueError("it is no file")
-        with zipfile.ZipFile(path) as archive:
-            missing = [key for key in keys if f"{key}.npy" not in archive.namelist()]
-            if missing:
-                raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
-            shapes = {}
-            for key in keys:
-                with archive.open(f"{key}.npy") as file:
-                    version = np.lib.format.read_magic(file)
-                    read = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-                    shape, _, dtype = read(file)
-                    header = file.tell()
-                declared, unpacked = math.prod(shape) * dtype.itemsize, archive.getinfo(f"{key}.npy").file_size - header
-                if declared != unpacked and not dtype.hasobject:
-                    raise ValueError(f"its {key} declares {declared:,} bytes and has {unpacked:,}")
-                shapes[key] = shape
-            total = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
-            if total > MOST_COMPRESSED * path.stat().st_size:
-                raise ValueError(f"it would unpack to {total / path.stat().st_size:,.0f} times its size")
-            return shapes
-    except UserError:
-        raise
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise unreadable(path, error) from error
-
-
-def read_npz(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
-    """Arrays of an OGBench .npz file. Raises UserError as `npz_shapes`, or where the data is damaged."""
-    npz_shapes(path, keys)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in keys}
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise unreadable(path, error) from error
-
-
-def bytes_on_device(path: Path) -> int:
-    """That the rows of a dataset file will take, by its header. Raises UserError where it has none."""
-    shapes = npz_shapes(path, ("observations", "actions"))
-    try:
-        (rows, observation_dim), (_, action_dim) = shapes.values()
-    except ValueError as error:
-        raise UserError(f"{path}: observations and actions must be tables, not of shapes {shapes}") from error
-    return 4 * rows * (observation_dim + action_dim + 2)  # a reward and a mask for each row
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that data may take there: most of what is free on a GPU, half of it where the system lives too."""
-    if device.type == "cuda":
-        return int(0.8 * torch.cuda.mem_get_info(device)[0])
-    try:
-        return 512 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def read_dataset_file(path: Path, env: gymnasium.Env) -> dict[str, np.ndarray]:
-    """Rows of one file, with OGBench's rewards and masks of the environment's task; checked against its sizes."""
-    shapes = {
-        "observations": env.observation_space.shape,
-        "actions": env.action_space.shape,
-        "terminals": (),
-        "qpos": (env.unwrapped.model.nq,),
-    }
-    if hasattr(env.unwrapped, "_cur_button_states"):
-        shapes["button_states"] = env.unwrapped._cur_button_states.shape
-    data = read_npz(path, shapes)
-    rows = len(data["observations"]) if data["observations"].ndim else 0
-    if not data["observations"].size:
-        raise UserError(f"{path} holds no rows; collect or fetch the file again")
-    for key, array in data.items():
-        if array.shape != (rows, *shapes[key]):
-            raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs {(rows, *shapes[key])}")
-        if array.dtype.kind in "fiub":
-            held = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
-            with np.errstate(all="ignore"):  # too large a number is infinite, and refused below
-                data[key] = array = array.astype(held, copy=False)
-        if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
-            raise UserError(f"{path}: {key} holds values that are not finite numbers; collect or fetch the file again")
-    relabel_dataset(env.spec.id, env, data)
-    return data
-
-
-def load_dataset(
-    env_id: str,
-    *,
-    chunk_length: int,
-    gamma: float,
-    sparse: bool = False,
-    device: torch.device | str = "cpu",
-    dataset_path: str = "",
-    dataset_dir: str = "~/.ogbench/data",
-    collect_episodes: int = 0,
-    collect_seed: int = 0,
-    max_data_gb: float = 0.0,
-    rotating: bool | None = None,
-    drawn: int = 0,
-) -> tuple[ReplayBuffer | RotatingShards, dict[str, Any]]:
-    """The training data of a single task -> (data on `device`, what it is and where it comes from).
-
-    Several files that take more than `max_data_gb` GiB together (0: than is free) become `RotatingShards`, from batch
-    `drawn` on; `rotating`, where it is not None, decides that instead.
-
-    `dataset_path` (a file, or a folder of shards) if given; else `collect_episodes` collected episodes if > 0; else
-    the official file. Rewards and masks are OGBench's own for the task. Raises UserError for a file that is missing,
-    damaged, of other dimensions, not finite or shorter than one chunk.
-    """
-    env_name, dataset_name = split_env_id(env_id)
-    if dataset_path:
-        given = Path(dataset_path).expanduser()
-        files = sorted(p for p in given.glob("*.npz") if not p.stem.endswith("-val")) if given.is_dir() else [given]
-        if not given.exists() or not files:
-            raise UserError(f"--dataset-path: {given} {'holds no .npz file' if given.exists() else 'does not exist'}")
-        info = {"origin": "path"}
-    elif collect_episodes:
-        files = [collect_dataset(dataset_name, collect_episodes, collect_seed, dataset_dir)]
-    else:
-        files, info = [official_file(dataset_name, dataset_dir)], {"origin": "official"}
-
-    device = torch.device(device)
-
-    def load(paths: list[Path], env: gymnasium.Env) -> ReplayBuffer:
-        arrays = {key: [] for key in ("observations", "actions", "rewards", "masks", "terminals")}
-        for path in paths:
-            data = read_dataset_file(path, env)
-            data["terminals"][-1] = True  # a file's end ends an episode
-            for key, parts in arrays.items():
-                parts.append(data[key])
-        arrays = {key: np.concatenate(parts) if len(parts) > 1 else parts[0] for key, parts in arrays.items()}
-        dataset = ReplayBuffer(**arrays, chunk_length=chunk_length, gamma=gamma, sparse=sparse)
-        if dataset.size < chunk_length:
-            raise UserError(f"{paths[0]}: {dataset.size} transitions are fewer than one chunk of {chunk_length}")
-        return dataset
-
-    if rotating is None:
-        most = max_data_gb * 2**30 or free_memory(device)
-        rotating = len(files) > 1 and sum(bytes_on_device(path) for path in files) > most
-    shards = [[path] for path in files] if rotating else [files]
-    transitions = episodes = solved = 0
-    for shard in shards:  # each is read once before any work, so that a damaged one is found now
-        dataset = None  # which makes room for the next
-        dataset = load(shard, unplayed_env(env_id))
-        transitions, episodes = transitions + dataset.size, episodes + len(dataset.ends)
-        solved += int((dataset.masks == 0).sum())
-    if rotating:
-        env = make_env(env_id)  # the background reader's alone
-        dataset = RotatingShards(files, lambda path: load([path], env), device, drawn)
-    else:
-        dataset.to(device)
-    hashes = [file_hash(path) for path in files]
-    made = collection_of(files[0]) if len(files) == 1 else None
-    if made and made["sha256"] == hashes[0]:
-        info = made
-        if made["dataset"] != dataset_name:
-            raise UserError(f"{files[0]} was collected as {made['dataset']}, but {env_id} needs {dataset_name}")
-    elif collect_episodes and not dataset_path:
-        raise UserError(f"{files[0]} is no longer the file that was collected: remove it, to collect it again")
-    info |= dict(
-        dataset=dataset_name,
-        files=[str(path) for path in files],
-        transitions=transitions,
-        episodes=episodes,
-        success_fraction=solved / (transitions + episodes),
-        rotating=rotating,
-        sha256=hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
-    )
-    return dataset, info
-
-
-def collection_of(path: Path) -> dict[str, Any] | None:
-    """What `collect_dataset` noted beside the file it wrote; None for any other file."""
-    try:
+def collection_of(path: Path) -> dict[str, Any]:
+    """What `collect_dataset` noted beside the file it wrote; {} for any other file."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         made = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    parts = dict(sha256=str, dataset=str, origin=str, collect_seed=int)
-    return made if isinstance(made, dict) and all(isinstance(made.get(k), v) for k, v in parts.items()) else None
+        if all(isinstance(made[key], str) for key in ("sha256", "dataset", "origin")):
+            return made
+    return {}
 
 
 def describe_dataset(info: dict[str, Any]) -> str:
     """A dataset's origin in one line, for a plot or the terminal."""
-    origin = {"official": "official OGBench file", "path": f"file {info['files'][0]}"}.get(
-        info["origin"], f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not the official file"
-    )
-    return f"{info['dataset']}: {origin}, {info['transitions']:,} transitions, sha256 {info['sha256'][:12]}"
+    origin = dict(official="official OGBench file", own="arrays of a task of one's own",
+                  path=f"file {', '.join(info['files'][:1])}")
+    oracle = f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not the official file"
+    return (f"{info['dataset']}: {origin.get(info['origin'], oracle)}, {info['transitions']:,} "
+            f"transitions, sha256 {info['sha256'][:12]}")
 
 
-# ------------------------------------------------------------------------------------------------------ evaluation
+# -------------------------------------------------------------------------------------- collecting
+# Data like OGBench's own, by OGBench's scripted oracles and recipe, seeded and on all cores. A
+# copier needs `collect_dataset` and, for one episode, `collect_episode`.
+
+STEPS = {"pointmaze-giant": 2001}  # of an episode; others 1,001; the last only holds the final state
+EPISODES = {"cube-triple": 3000, "cube-quadruple": 5000, "pointmaze-giant": 500}  # others: 1,000
+STACKING = {"cube-single": (0, 0), "cube-double": (0, 0.25), "cube-triple": (0.05, 0.35),
+            "cube-quadruple": (0.1, 0.5), "cube-octuple": (0, 0.35)}
 
 
-class ChunkedEpisode(gymnasium.Wrapper):
-    """Executes an action chunk [c*d] open loop in one `step`, up to the episode's end; after it, steps do nothing."""
-
-    def __init__(self, env: gymnasium.Env, chunk_length: int):
-        super().__init__(env)
-        self.chunk_length = chunk_length
-        self.action_space = gymnasium.spaces.Box(-1, 1, (chunk_length * env.action_space.shape[0],), np.float32)
-        self.result = None
-
-    def reset(self, **kwargs):
-        observation, _ = self.env.reset(**kwargs)
-        self.result = (observation, 0.0, False, False, {"success": 0.0, "steps": 0})
-        return observation, {}
-
-    def step(self, chunk: np.ndarray):
-        observation, _, terminated, truncated, info = self.result
-        total, steps = 0.0, 0
-        for action in chunk.reshape(self.chunk_length, -1):
-            if terminated or truncated:
-                break
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            total, steps = total + float(reward), steps + 1
-        self.result = (observation, total, terminated, truncated, {"success": float(info["success"]), "steps": steps})
-        return self.result
+def can_collect(dataset_name: str) -> bool:
+    """Whether OGBench ships its oracle: that of manipulation `play` and pointmaze `navigate`."""
+    return bool(re.match(r"((cube|scene|puzzle)-(.+-)?play|pointmaze-\w+-navigate)-v0", dataset_name))
 
 
-def make_chunked_env(env_id: str, chunk_length: int) -> gymnasium.Env:
-    """The environment of a worker process of `Evaluator`."""
+def official_size(dataset_name: str) -> tuple[int, int]:
+    """(training episodes, steps of each) of the dataset that OGBench's generator makes."""
+    key = "-".join(dataset_name.split("-")[:2])
+    return EPISODES.get(key, 1000), STEPS.get(key, 1001)
+
+
+@functools.cache
+def collection_env(dataset_name: str):
+    """One environment per worker process and dataset, in the mode OGBench's generator uses."""
+    import_ogbench()
+    import gymnasium
+
+    name = re.sub(r"-(play|navigate)-", "-", dataset_name)
+    mode = {} if "maze" in name else {"mode": "data_collection"}
+    steps = official_size(dataset_name)[1]
+    env = gymnasium.make(name, terminate_at_goal=False, max_episode_steps=steps, **mode)
+    return with_seeded_resets(env)
+
+
+def play_oracles(env, dataset_name: str) -> dict[str, Any]:
+    """Sub-task -> OGBench's scripted oracle for it."""
+    from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
+    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
+    from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
+    from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
+
+    settings = dict(env=env, noise=0.1, noise_smoothing=0.5)
+    if dataset_name.startswith("puzzle"):
+        return {"button": ButtonPlanOracle(gripper_always_closed=True, **settings)}
+    oracles = CubePlanOracle, ButtonPlanOracle, DrawerPlanOracle, WindowPlanOracle
+    return dict(zip(("cube", "button", "drawer", "window"), (kind(**settings) for kind in oracles)))
+
+
+def play_actions(env, dataset_name: str, seed: int):
+    """OGBench's `play` recipe: noisy oracles pursue one random sub-task after the other. Yields
+    actions, and is sent what `env.step` gave."""
+    oracles = play_oracles(env, dataset_name)
+    ob, info = env.reset(seed=seed)
+    yield ob
+    p_stack = np.random.uniform(*STACKING.get("-".join(dataset_name.split("-")[:2]), (0.5, 0.5)))
+    oracle = oracles[info["privileged/target_task"]]
+    oracle.reset(ob, info)
+    while True:
+        ob, _, _, _, info = yield np.clip(oracle.select_action(ob, info), -1, 1)
+        if oracle.done:
+            target_ob, target_info = env.unwrapped.set_new_target(p_stack=p_stack)
+            oracle = oracles[target_info["privileged/target_task"]]
+            oracle.reset(target_ob, target_info)
+
+
+def maze_actions(env, dataset_name: str, seed: int):
+    """OGBench's pointmaze `navigate` recipe: noisy steps along the shortest way to one random goal
+    after the other. Yields and is sent as `play_actions`."""
+    maze, rng, wall = env.unwrapped, np.random.default_rng(seed), env.unwrapped.maze_map
+    free = [tuple(cell) for cell in np.argwhere(wall == 0)]
+    corridors = ([0, 0, 1, 1], [1, 1, 0, 0])  # above, below, left, right: a way merely passes there
+    goals = [(i, j) for i, j in free
+             if [wall[i - 1, j], wall[i + 1, j], wall[i, j - 1], wall[i, j + 1]] not in corridors]
+    start, goal = free[rng.integers(len(free))], goals[rng.integers(len(goals))]
+    yield env.reset(seed=seed, options={"task_info": {"init_ij": start, "goal_ij": goal}})[0]
+    while True:
+        way = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)[0] - maze.get_xy()
+        direction = way / (np.linalg.norm(way) + 1e-6)
+        *_, info = yield np.clip(direction + rng.normal(0, 0.5, size=2), -1, 1)
+        if info["success"]:
+            goal = maze.ij_to_xy(goals[rng.integers(len(goals))])
+            maze.set_goal(goal_xy=maze.add_noise(goal))
+
+
+def collect_episode(dataset_name: str, seed: int, split: str, index: int) -> dict[str, np.ndarray]:
+    """Episode `index` of a dataset's split ("train" or "val"): a function of these arguments alone.
+
+    Returns arrays of T rows in OGBench's types: observations [T, O], actions [T, d], qpos, qvel
+    float32, terminals bool, and button_states int64 where the environment has buttons. The last row
+    holds the final state.
+    """
+    env = collection_env(dataset_name)
+    recipe = maze_actions if "maze" in dataset_name else play_actions
+    types = {"terminals": bool, "button_states": np.int64}
+    for attempt in range(1000):
+        entropy = np.random.SeedSequence([seed, ("train", "val").index(split), index, attempt])
+        actions, rows, done, step = recipe(env, dataset_name, int(entropy.generate_state(1)[0])), [], 0, None
+        ob = next(actions)
+        while not done:
+            action = actions.send(step)
+            step = next_ob, _, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+            states = {key[5:]: info[key] for key in ("prev_qpos", "prev_qvel", "prev_button_states")
+                      if key in info}
+            rows.append(dict(observations=ob, actions=action, terminals=done) | states)
+            ob = next_ob
+        data = {k: np.array([row[k] for row in rows], types.get(k, np.float32)) for k in rows[0]}
+        if not dataset_name.startswith("scene"):
+            break
+        y, z = data["qpos"][:, 15], data["qpos"][:, 16]  # of the cube
+        if not (y >= 0.29).any() and not ((y <= -0.3) & ((z < 0.06) | (z > 0.08))).any():
+            break  # it was not pushed out of reach: OGBench discards such episodes
+    return data
+
+
+def write_episode(dataset_name: str, seed: int, split: str, index: int, path: Path):
+    """Collect one episode into its file (in a worker process)."""
     follow_the_parent()
-    if multiprocessing.parent_process():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a cluster sends to all: the evaluation is finished first
-    return ChunkedEpisode(make_env(env_id), chunk_length)
+    arrays = collect_episode(dataset_name, seed, split, index)
+    write_atomically(path, functools.partial(np.savez, **arrays))
+
+
+def collected_path(dataset_name: str, episodes: int, seed: int, dataset_dir: str) -> Path:
+    """Where a collected dataset lies. Its name never passes for the official one."""
+    name = dataset_name.removesuffix("-v0")
+    return Path(dataset_dir).expanduser() / f"{name}-collected-{episodes}ep-seed{seed}-v0.npz"
+
+
+def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: str,
+                    workers: int | None = None) -> Path:
+    """Collect `episodes` training and a tenth as many validation episodes with OGBench's oracle.
+
+    Writes `NAME.npz` and `NAME-val.npz` in OGBench's format, and `NAME.json` with their origin. The
+    data depends on (dataset_name, episodes, seed) alone, not on `workers` (default: one a core).
+    Finished episodes are kept in `NAME.partial` until all are there: a collection that was stopped
+    goes on where it was. Returns the path of NAME.npz; at once if it is there. Raises UserError
+    where no oracle exists or nothing can be written.
+    """
+    path = collected_path(dataset_name, episodes, seed, dataset_dir)
+    if not can_collect(dataset_name):
+        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, and "
+                        f"{dataset_name}.npz of OGBench's host or a mirror, with --dataset-path")
+    make_folder(path.parent, "--dataset-dir")
+    partial = path.with_suffix(".partial")
+    with lock_file(path.with_suffix(".lock"), wait=True):  # a second run that wants it waits here
+        if path.exists() and collection_of(path):
+            return path
+        if path.exists() and not partial.exists():
+            raise UserError(f"{path} was not written by a finished collection: move it away")
+        partial.mkdir(exist_ok=True)
+        jobs = [("train", i) for i in range(episodes)]
+        jobs += [("val", i) for i in range(max(1, episodes // 10))]
+        files = {job: partial / f"{job[0]}-{job[1]:05d}.npz" for job in jobs}
+        missing, steps = [job for job in jobs if not files[job].exists()], official_size(dataset_name)[1]
+        bar = tqdm(total=len(jobs) * steps, initial=(len(jobs) - len(missing)) * steps, unit="step",
+                   unit_scale=True, desc=f"collecting {dataset_name}", **PROGRESS)
+        workers = max(1, min(workers or cores(), len(missing)))
+        with worker_context() as context, bar, ProcessPoolExecutor(workers, context) as pool:
+            tasks = [pool.submit(write_episode, dataset_name, seed, *j, files[j]) for j in missing]
+            try:
+                for task in as_completed(tasks):
+                    task.result()
+                    bar.update(steps)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+        for split, target in (("val", path.with_name(f"{path.stem}-val.npz")), ("train", path)):
+            parts = [dict(np.load(files[job])) for job in jobs if job[0] == split]
+            arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            write_atomically(target, functools.partial(np.savez, **arrays))
+        origin = dict(origin="collected", dataset=dataset_name, episodes=episodes, collect_seed=seed,
+                      sha256=file_hash(path), recipe="OGBench scripted oracle",
+                      **versions("ogbench", "mujoco"))
+        write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=1).encode())
+        shutil.rmtree(partial)
+    return path
+
+
+# -------------------------------------------------------------------------------------- evaluation
+# Whole episodes in parallel processes, each decided by a seed, none counted twice or cut short. A
+# copier needs `Evaluator`, and `make_chunked_env` to see what a step of it is.
+
+
+def make_chunked_env(env_id: str, chunk_length: int):
+    """The environment of a worker process: one step executes a chunk [c*d] open loop, up to the
+    episode's end; after it, steps do nothing."""
+    import gymnasium
+
+    follow_the_parent()
+    if multiprocessing.parent_process():  # a cluster sends SIGTERM to all: evaluations end first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    class ChunkedEpisode(gymnasium.Wrapper):
+        def reset(self, **kwargs):
+            observation, _ = self.env.reset(**kwargs)
+            self.result = (observation, 0.0, False, False, {"success": math.nan, "steps": 0})
+            return observation, {}
+
+        def step(self, chunk: np.ndarray):
+            observation, _, terminated, truncated, info = self.result
+            total, steps = 0.0, 0
+            for action in chunk.reshape(chunk_length, -1):
+                if terminated or truncated:
+                    break
+                observation, reward, terminated, truncated, info = self.env.step(action)
+                total, steps = total + float(reward), steps + 1
+            info = {"success": float(info.get("success", math.nan)), "steps": steps}
+            self.result = (observation, total, terminated, truncated, info)
+            return self.result
+
+    env = ChunkedEpisode(make_env(env_id))
+    env.action_space = gymnasium.spaces.Box(-1, 1, (chunk_length * env.action_space.shape[0],))
+    return env
 
 
 class Evaluator:
-    """Plays whole episodes of one task in parallel processes, which it keeps from one evaluation to the next.
+    """Plays whole episodes of one task in parallel processes, kept from one evaluation to the next.
 
-    Args:
-        env_id: single-task id.
-        chunk_length: actions per policy call, c.
-        episodes: episodes of one evaluation, N. Episode i is the same one each time: its start, and the noise of its
-            policy, come from (seed, i). All N are played to their end, so short ones do not count more.
-        seed: of the episodes.
-        noise_dim: random numbers that the policy takes for a chunk.
+    Episode i of N = `episodes` is the same one each time: its start, and the noise [noise_dim] of
+    each of its policy's chunks of `chunk_length` actions, come from (seed, i). All are played to
+    their end, so that short ones do not count more. `device` is the policy's.
     """
 
-    def __init__(self, env_id: str, chunk_length: int, episodes: int, seed: int, noise_dim: int):
-        self.env_id, self.chunk_length, self.episodes, self.noise_dim = env_id, chunk_length, episodes, noise_dim
-        self.seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(episodes)]
-        process_context()
-        makers = [functools.partial(make_chunked_env, env_id, chunk_length)] * min(episodes, 4 * os.cpu_count())
-        self.envs = gymnasium.vector.AsyncVectorEnv(makers, context="forkserver", autoreset_mode="Disabled")
-        self.filmed = {}  # episode -> its chunks, for the first episodes of the last evaluation
+    def __init__(self, env_id: str, chunk_length: int, episodes: int, seed: int, noise_dim: int,
+                 device: torch.device | str = "cpu"):
+        import gymnasium
 
-    def evaluate(
-        self, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], samples: int = 1
-    ) -> dict[str, float]:
-        """Mean and standard error of success (at each episode's last step), return and length over the N episodes.
+        self.env_id, self.chunk_length, self.episodes = env_id, chunk_length, episodes
+        self.noise_dim, self.device = noise_dim, device
+        entropy = [np.random.SeedSequence([seed, i]) for i in range(episodes)]
+        self.seeds = [int(sequence.generate_state(1)[0]) for sequence in entropy]
+        makers = [functools.partial(make_chunked_env, env_id, chunk_length)] * min(episodes, 4 * cores())
+        with worker_context():
+            self.envs = gymnasium.vector.AsyncVectorEnv(
+                makers, context="forkserver", autoreset_mode="Disabled"
+            )
 
-        policy: (observation [n, O], noise [n, samples, noise_dim], standard normal, both float32 on the CPU)
-            -> action chunks [n, c*d], for n environments at once.
+    def evaluate(self, policy: Callable, samples: int = 1) -> dict[str, float]:
+        """Mean, and standard error where N > 1, of success (at an episode's last step, where the
+        environment tells it), return and length.
+
+        policy: (observation [n, O], normal noise [n, samples, noise_dim]) on the device -> action
+            chunks [n, c*d], for n environments at once. Raises NotFinite.
         """
         slots = np.full(self.envs.num_envs, -1)  # the episode each environment plays, -1: none
         waiting = list(range(self.episodes))[::-1]
         noise = [np.random.default_rng([seed, 1]) for seed in self.seeds]
         results = {key: np.zeros(self.episodes) for key in ("success", "return", "length")}
-        self.filmed = {episode: [] for episode in range(min(3, self.episodes))}
-        action_dim = self.envs.single_action_space.shape[0]
+        self.executed = [[] for _ in range(self.episodes)]  # their chunks, to film them
+        send = functools.partial(torch.tensor, dtype=torch.float32, device=self.device)
         while True:
             start = np.zeros(len(slots), dtype=bool)
             for slot in np.flatnonzero(slots < 0)[: len(waiting)]:
@@ -1018,10 +881,11 @@ class Evaluator:
             playing = np.flatnonzero(slots >= 0)
             if not len(playing):
                 break
-            draws = [noise[e].standard_normal((samples, self.noise_dim), dtype=np.float32) for e in slots[playing]]
-            observation = torch.from_numpy(observation[playing].astype(np.float32))
-            chunks = np.zeros((len(slots), action_dim), dtype=np.float32)
-            chunks[playing] = policy(observation, torch.from_numpy(np.stack(draws))).numpy(force=True)
+            size = samples, self.noise_dim
+            draws = [noise[episode].standard_normal(size, np.float32) for episode in slots[playing]]
+            chunks = np.zeros(self.envs.action_space.shape, dtype=np.float32)
+            actions = policy(send(observation[playing]), send(np.stack(draws)))
+            chunks[playing] = actions.numpy(force=True)
             require_finite("an action in the evaluation", chunks)
             observation, reward, terminated, truncated, info = self.envs.step(chunks)
             require_finite("an observation in the evaluation", observation[playing])
@@ -1030,119 +894,806 @@ class Evaluator:
                 results["return"][episode] += reward[slot]
                 results["length"][episode] += info["steps"][slot]
                 results["success"][episode] = info["success"][slot]
-                if episode in self.filmed:
-                    self.filmed[episode].append(chunks[slot])
+                self.executed[episode].append(chunks[slot])
                 if terminated[slot] or truncated[slot]:
                     slots[slot] = -1
-        means = {key: float(values.mean()) for key, values in results.items()}
-        spread = {key: values.std(ddof=1) if self.episodes > 1 else float("nan") for key, values in results.items()}
-        errors = {f"{key}_stderr": float(spread[key] / np.sqrt(self.episodes)) for key in results}
-        return {**means, **errors, "episodes": self.episodes}
+        scores = {}
+        for key, values in results.items():
+            if np.isfinite(values).all():
+                scores[key] = float(values.mean())
+                if self.episodes > 1:
+                    scores[f"{key}_stderr"] = float(values.std(ddof=1) / np.sqrt(self.episodes))
+        return scores | {"episodes": self.episodes}
 
-    def film(self, folder: Path):
-        """Write the first episodes of the last evaluation as mp4 files; where that fails, say so in one line.
-
-        Films in a process of its own, which plays the recorded chunks again: a renderer that is missing, or that
-        crashes, does no harm to the run.
-        """
-        before = os.environ.get("MUJOCO_GL")
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        context = multiprocessing.get_context("spawn")
-        receiver, sender = context.Pipe(duplex=False)
-        episodes = [(self.seeds[episode], np.stack(chunks)) for episode, chunks in self.filmed.items()]
-        process = context.Process(target=film_episodes, args=(self.env_id, self.chunk_length, episodes, folder, sender))
-        process.start()
+    def film(self, folder: Path, prefix: str):
+        """Film the first episodes of the last evaluation as mp4; where that fails, say so. In a
+        process of its own, so that a renderer that is missing, or crashes, harms nothing."""
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        episodes = [(seed, np.stack(x)) for seed, x in zip(self.seeds[:3], self.executed)]
+        words = sender, self.env_id, self.chunk_length, episodes, folder, prefix
+        with worker_context("spawn") as context:
+            process = context.Process(target=film_episodes, args=words)
+            process.start()
         sender.close()
         try:
             message = receiver.recv()
         except EOFError:
             message = "the renderer crashed"
         process.join()
-        if before is None:
-            os.environ.pop("MUJOCO_GL", None)
-        print(
-            f"video: {folder}"
-            if message is None
-            else f"no video: {message} (MuJoCo needs EGL, e.g. libegl1, or a screen)"
-        )
+        no = f"no video: {message} (MuJoCo needs EGL, e.g. libegl1, or a screen)"
+        print(no if message else f"video: {folder}/{prefix}*.mp4")
 
     def close(self, at_once: bool = False):
         """End the worker processes; at_once: in the middle of what they do."""
-        if at_once:
-            for process in self.envs.processes:
-                process.kill()
-                process.join()
-            self.envs.closed = True
+        for process in self.envs.processes if at_once else ():
+            process.kill()
+            process.join()
+        self.envs.closed |= at_once
         self.envs.close()
 
 
-def film_episodes(env_id: str, chunk_length: int, episodes: list[tuple[int, np.ndarray]], folder: Path, sender):
-    """Play recorded episodes, (seed, chunks [n, c*d]) each, and write them as mp4; sends None, or what went wrong."""
+def film_episodes(sender, env_id: str, chunk_length: int, episodes, folder: Path, prefix: str):
+    """Play recorded episodes, (seed, chunks [n, c*d]) each, under Gymnasium's recorder; sends "", or
+    what went wrong."""
     try:
-        import imageio.v3
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        import ogbench  # noqa: F401: with a renderer
+        from gymnasium.wrappers import RecordVideo
 
-        env = make_env(env_id, render_mode="rgb_array", width=240, height=240)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (seed, chunks) in enumerate(episodes):
+        size = {} if env_id in TASKS else dict(width=240, height=240)
+        env = make_env(env_id, render_mode="rgb_array", **size)
+        env = RecordVideo(env, str(folder), episode_trigger=lambda _: True, name_prefix=prefix)
+        for seed, chunks in episodes:
             env.reset(seed=seed)
-            frames, done = [env.render()], False
             for action in chunks.reshape(len(chunks) * chunk_length, -1):
-                if not done:
-                    _, _, terminated, truncated, _ = env.step(action)
-                    done = terminated or truncated
-                    frames.append(env.render())
-            imageio.v3.imwrite(folder / f"episode_{number}.mp4", np.stack(frames), fps=20, macro_block_size=16)
-        sender.send(None)
+                if any(env.step(action)[2:4]):
+                    break
+        env.close()
+        sender.send("")
     except Exception as error:
-        sender.send(f"{type(error).__name__}: {first_line(error)}")
+        sender.send(f"{type(error).__name__}: {one_line(error)}")
 
 
-# -------------------------------------------------------------------------------------------------------- run files
+# --------------------------------------------------------------------------------------- run files
+# Settings, and the folder of a run: checkpoint.pt is the one truth, all else in it is output. A
+# copier needs `RunArgs` and `Run`, or none of it.
 
 
-def process_context() -> multiprocessing.context.BaseContext:
-    """How worker processes start: forked from a small server that imported this module and never touched the GPU."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["common"])
-    # The server finds this folder, and keeps quiet about the missing screen, through its environment alone.
-    environment = {"PYTHONPATH": str(Path(__file__).parent), "PYTHONWARNINGS": "ignore"}
-    before = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
-    multiprocessing.forkserver.ensure_running()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-    return context
+class Range(NamedTuple):
+    """The numbers that a setting may have: `Annotated[float, Positive]`."""
+
+    words: str
+    holds: Callable[[float], bool]
 
 
-def follow_the_parent():
-    """In a worker process: leave Ctrl-C, which reaches all processes at once, to the parent, and end when that ends,
-    even if it is killed."""
-    parent = multiprocessing.parent_process()
-    if parent and not getattr(parent, "is_followed", False):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-        parent.is_followed = True
+MOST = 10**9  # of any setting: far beyond use, and before numbers overflow
+Positive = Range(f"greater than 0, and at most {MOST:,}", lambda x: 0 < x <= MOST)
+NotNegative = Range(f"0 or greater, and at most {MOST:,}", lambda x: 0 <= x <= MOST)
+Fraction = Range("greater than 0 and at most 1", lambda x: 0 < x <= 1)
+Share = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+Seed = Range(f"between 0 and {2**32 - 1}", lambda x: 0 <= x < 2**32)
 
 
-def version_of(package: str) -> str:
-    """Of an installed package."""
-    return importlib.metadata.version(package)
+@dataclasses.dataclass
+class RunArgs:
+    """Settings of a run that are not the algorithm's: a script's `Args` adds those."""
+
+    preset: tyro.conf.Positional[Literal["full", "quick"]] = "full"
+    """`full`: the settings of the environment's domain; `quick`: a small task and network"""
+    env_id: str = "scene-play-singletask-task1-v0"
+    """OGBench single-task environment, with the dataset's type in its name"""
+    seed: Annotated[int, Seed] = 0
+    """seed of the networks, batches, noise and evaluation episodes"""
+    run_dir: str = ""
+    """folder of the run's files; default runs/{env_id}__{script}__{seed}__{time}"""
+    resume: bool = False
+    """continue the run in --run-dir from its checkpoint, with the settings stored there"""
+    device: str = "auto"
+    """cpu, cuda or cuda:N (CUDA_VISIBLE_DEVICES chooses too); auto: a GPU where there is one"""
+    num_threads: Annotated[int, NotNegative] = 0
+    """CPU threads of torch; 0: as many as torch chooses"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """make the update's losses one compiled graph; auto: where the run is long enough for it"""
+    cuda_graph: bool = True
+    """on a GPU, record an update's launches once, and from then on make all of them together"""
+    tf32: bool = False
+    """on a GPU, multiply float32 matrices in TF32: faster, with 10 bits of mantissa"""
+    dataset_path: str = ""
+    """an OGBench .npz file, or a folder of them, to train on instead of the official file"""
+    dataset_dir: str = "~/.ogbench/data"
+    """where official files are kept or downloaded to, and collected ones written"""
+    collect_episodes: Annotated[int, NotNegative] = 0
+    """> 0: train on so many episodes collected here with OGBench's own scripted oracle"""
+    collect_seed: Annotated[int, Seed] = 0
+    """seed of the collected dataset"""
+    bc_checkpoint: str = ""
+    """a bc_checkpoint.pt of the same domain, in place of the behaviour-cloning stage"""
+    eval_only: bool = False
+    """evaluate --checkpoint (and film it, with --capture-video) instead of training"""
+    checkpoint: str = ""
+    """a checkpoint.pt: to evaluate, or (trqam_online.py, one of trqam_offline.py) to start from"""
+    eval_interval: Annotated[int, Positive] = 50_000
+    """fine-tuning steps between evaluations"""
+    eval_episodes: Annotated[int, Positive] = 50
+    """episodes of one evaluation, in up to 4 processes a core of a few hundred MB each"""
+    log_interval: Annotated[int, Positive] = 1_000
+    """steps between rows of train.csv"""
+    checkpoint_interval: Annotated[int, Positive] = 10_000
+    """steps between checkpoints; one is also written at each evaluation"""
+    capture_video: bool = False
+    """film the first episodes of the last evaluation (mp4; needs EGL)"""
+    track: bool = False
+    """log to Weights & Biases as well (needs `pip install wandb`)"""
+
+    starts_from: ClassVar[str] = ""  # another script, whose checkpoints can go on in this one
+
+    def check(self):
+        """Make paths absolute. Raise UserError for settings that are out of range."""
+        for name in ("run_dir", "dataset_path", "dataset_dir", "bc_checkpoint", "checkpoint"):
+            path = getattr(self, name)
+            try:
+                path.encode()
+                setattr(self, name, path and str(Path(path).expanduser().absolute()))
+            except (UnicodeError, RuntimeError) as error:
+                if name != "dataset_dir" or not self.dataset_path:  # which makes it unused
+                    raise UserError(f"{flag_of(name)} {path!a}: {error}; write it out") from error
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for allowed in getattr(hint, "__metadata__", ()):
+                if isinstance(allowed, Range) and value is not None:
+                    numbers = value if isinstance(value, tuple) else (value,)
+                    if not numbers or not all(map(allowed.holds, numbers)):
+                        raise UserError(f"{flag_of(name)} must be {allowed.words}, not {value}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device}")
+        if self.env_id not in TASKS:
+            split_env_id(self.env_id)
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+OF_A_SITTING = set("run_dir resume eval_only checkpoint device num_threads compile cuda_graph "
+                   "capture_video track dataset_path dataset_dir".split())
+RESUME_MAY_CHANGE = OF_A_SITTING | set("offline_steps online_steps learning_starts utd_ratio "
+                                       "balanced_sampling kl_budget_online".split())
 
 
-def write_atomically(path: Path, content: bytes | Callable[[Any], None], previous: Path | None = None):
-    """Write a file so that at any moment `path` holds the whole old content or the whole new one.
+def flag_of(field: str) -> str:
+    """`kl_budget` -> `--kl-budget`."""
+    return "--" + field.replace("_", "-")
 
-    content: the bytes, or a function that writes them to an open binary file. previous: where the old content is kept;
-    for a moment it is there alone. Raises UserError where the disk is full or not writable; the old content is then
-    still there, under one of its names.
+
+def parse_args(script: str, args_class: type, settings: Callable) -> Any:
+    """Command line -> `args_class`. A flag that is given wins over what a checkpoint holds or, in a
+    new run, over `settings(args)` (of preset and domain), and those over the defaults. Raises
+    UserError."""
+    args = tyro.cli(args_class)
+    if args.resume and not args.run_dir:
+        raise UserError("--resume needs --run-dir, the folder of the run to continue")
+    starts = bool(args.checkpoint) and not args.eval_only and not args.resume
+    if args.eval_only and not args.checkpoint or starts and not args_class.starts_from:
+        raise UserError("--eval-only and --checkpoint go together: the one evaluates the other")
+    if starts and args.bc_checkpoint:
+        raise UserError("--checkpoint and --bc-checkpoint: a run starts from one; leave one out")
+    if args.resume or args.checkpoint:
+        flag, path, kind = source_of(script, args)
+        stored = read_checkpoint(path, kind, flag)["args"]
+        fields = {field.name for field in dataclasses.fields(args_class)}
+        fields -= set() if args.resume else OF_A_SITTING
+        default = args_class(**{key: stored[key] for key in fields & stored.keys()})
+        return tyro.cli(args_class, default=default)
+    for _ in range(2):  # the preset decides the environment, the environment its domain's settings
+        args = tyro.cli(args_class, default=args_class(**{"preset": args.preset, **settings(args)}))
+    return args
+
+
+def source_of(script: str, args) -> tuple[str, Path, str]:
+    """(flag, file, kind) of the checkpoint that a run resumes, starts from or evaluates."""
+    if not args.resume:
+        kind = script if args.eval_only else type(args).starts_from
+        return "--checkpoint", Path(args.checkpoint).expanduser(), kind
+    newest, previous = (Path(args.run_dir).expanduser() / name for name in CHECKPOINTS)
+    if not newest.exists() and not previous.exists():
+        raise UserError(f"--resume: {newest.parent} holds no run; leave it out to start one there")
+    return "--resume", newest if newest.exists() else previous, script
+
+
+def run_script(file: str, main: Callable, args_class: type, settings: Callable):
+    """Parse the command line of a script (`__file__`) and run its `main`; what the user can mend ends
+    the program with one line and exit status 1."""
+    try:
+        main(parse_args(Path(file).stem, args_class, settings))
+    except UserError as error:
+        sys.exit(f"error: {one_line(error)}")
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(f"error: {error.filename or ''}: {error.strerror or error}".replace(" : ", " "))
+    except (MemoryError, RuntimeError) as error:  # torch's own, on the CPU, is a plain RuntimeError
+        memory = MemoryError, torch.OutOfMemoryError
+        if not isinstance(error, memory) and "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory; use smaller networks, batches or data")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest, and the one before it
+
+
+def read_checkpoint(path: Path, kind: str, flag: str) -> dict[str, Any]:
+    """A checkpoint as plain data and finite tensors on the CPU; nothing in it is executed. `kind`: the
+    script that must have written it, or "bc". Raises UserError, naming `flag`, where it cannot be
+    read or is another one, and says so where the one before it is whole."""
+    if not path.is_file():
+        raise UserError(f"{flag}: {path} {'is no file' if path.exists() else 'does not exist'}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch reads a flipped bit as a number
+                raise ValueError(f"the checksum of its {damaged} is wrong")
+        checkpoint = load_tensors(path)
+        found = checkpoint["kind"]
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        older, way = path.with_name(CHECKPOINTS[1]), "use another"
+        if path.name == CHECKPOINTS[0] and older.exists():
+            with contextlib.suppress(UserError):
+                read_checkpoint(older, kind, flag)
+                way = f"{older} is whole: to go on from there, rename it to {path.name}"
+        raise UserError(f"{flag}: {path} is damaged or no checkpoint ({one_line(error)}); {way}") from error
+    if found != kind:
+        raise UserError(f"{flag}: {path} is a checkpoint of {found!r}, but one of {kind!r} is needed")
+    return checkpoint
+
+
+def load_tensors(file: Any) -> dict[str, Any]:
+    """What torch.save wrote, of plain data, paths and finite tensors. Raises nearly anything."""
+    with torch.serialization.safe_globals([pathlib.PosixPath]):
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    nested = [("its content", content)]
+    for name, value in nested:
+        if isinstance(value, dict):
+            nested += [(f"its {key}", x) for key, x in value.items()]
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.untyped_storage().nbytes() < value.nbytes:
+                raise ValueError(f"{name} is no plain tensor")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} is not finite")
+    return content
+
+
+def write_checkpoint(path: Path, content: dict[str, Any], previous: Path | None = None):
+    """Write a checkpoint. Raises UserError for what could not be read back."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    buffer.seek(0)
+    try:
+        load_tensors(buffer)
+    except Exception as error:
+        raise UserError(f"{path} is not written: it could not be read back ({one_line(error)})") from error
+    write_atomically(path, buffer.getbuffer(), previous)
+
+
+def restore_state(value: Any, state: Any):
+    """Return a network, optimizer, generator or the like to a state. Raises where that does not fit."""
+    if isinstance(value, torch.Generator):
+        value.set_state(state)
+    elif isinstance(value, torch.optim.Optimizer):
+        weights = [weight for group in value.param_groups for weight in group["params"]]
+        for number, moments in state["state"].items():
+            for moment in moments.values():  # torch would write past the end of a smaller one
+                if moment.dim() and moment.shape != weights[number].shape:
+                    raise ValueError(f"moment {number} is of another shape")
+        value.load_state_dict({**value.state_dict(), "state": state["state"]})
+    else:
+        value.load_state_dict(state)
+
+
+class Run:
+    """The folder and files of one training run, as a context manager.
+
+    file: the script's `__file__`, whose name stands in checkpoints; args: its settings. Raises
+    UserError for settings that are out of range or do not go with a checkpoint's, and for a folder
+    that holds files where args.resume is not set.
+
+    Attributes:
+        path: the folder. device: where it trains. observation_dim, action_dim: O, d.
+        done: stage -> its steps so far, for the stages that have begun, in their order.
+        stopping: the signal, SIGINT or SIGTERM, that asks to save and stop; 0: none does.
     """
+
+    def __init__(self, file: str, args: Any):
+        args.check()
+        self.script, self.args = Path(file).stem, args
+        self.device = choose_device(args.device, args.num_threads, args.tf32)
+        env = unplayed_env(args.env_id)
+        self.observation_dim, self.action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        if args.track and importlib.util.find_spec("wandb") is None:
+            raise UserError("--track needs Weights & Biases: pip install wandb")
+        self.objects, self.state, self.done, self.data, self.config = {}, {}, {}, None, None
+        self.rows, self.stage = {"train.csv": [], "eval.csv": []}, ""
+        self.evaluator = self.writer = self.lock = self.bad_since = self.wandb_id = None
+        self.stopping, self.watched = 0, []
+        self.began, self.seconds = time.perf_counter(), 0.0  # seconds: of earlier sittings
+        name = f"{args.env_id}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        numbered = (Path("runs", name + f"-{n}" * bool(n)).absolute() for n in itertools.count())
+        self.path = Path(args.run_dir or next(path for path in numbered if not path.exists()))
+        if args.resume or args.checkpoint:
+            self.go_on_from(*source_of(self.script, args))
+        # A run that was killed at once leaves hidden files alone.
+        empty = self.path.is_dir() and all(file.name[0] == "." for file in self.path.iterdir())
+        if not args.resume and not args.eval_only and self.path.exists() and not empty:
+            raise UserError(f"--run-dir: {self.path} is not empty; name another folder, or continue its "
+                            "run with --resume")
+
+    def go_on_from(self, flag: str, path: Path, kind: str):
+        """Take over the checkpoint that this run resumes, starts from or evaluates."""
+        stored, self.source = read_checkpoint(path, kind, flag), f"{flag}: {path}"
+        resumes, given = self.args.resume, vars(self.args)
+        with self.fitting(self.source, "content"):
+            if domain_of(stored["args"]["env_id"]) != domain_of(self.args.env_id):
+                raise UserError(f"{self.source} is of {stored['args']['env_id']}: another domain")
+            for key, value in stored["args"].items():
+                if resumes and key not in RESUME_MAY_CHANGE and given.get(key, value) != value:
+                    raise UserError(f"{self.source} has {flag_of(key)} {value}, which {given[key]} "
+                                    "cannot replace; leave that flag out")
+            *over, _ = [*stored["done"]] or [""]
+            for stage, steps in {} if self.args.eval_only else stored["done"].items():
+                asked = given[f"{stage}_steps"]
+                if steps > asked or stage in over and 0 < steps < asked:
+                    raise UserError(f"{self.source}: the run has done {steps} {stage} steps; ask for at "
+                                    f"least as many, and for more only before the next stage")
+            same = stored["device"] == self.device.type
+            if resumes and stored["state"] and not same:
+                raise UserError(f"{self.source}: the run began on {stored['device']}, and only there "
+                                f"goes on exactly; use --device {stored['device']}")
+            self.done, self.state, self.data = dict(stored["done"]), dict(stored["state"]), stored["data"]
+            self.rows = {name: [dict(row) for row in stored["rows"][name]] for name in self.rows}
+            if resumes:
+                self.seconds, self.wandb_id = float(stored["seconds"]), stored["wandb_id"]
+            elif not same:
+                self.state.pop("generator", None)  # that of another kind cannot go on here
+
+    @contextlib.contextmanager
+    def fitting(self, source: str, name: str):
+        """UserError where what a checkpoint holds does not fit."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{source}: {error}") if isinstance(error, NotFinite) else error
+        except Exception as error:  # what a file holds can raise nearly anything
+            raise UserError(f"{source}: its {name} is damaged, or does not fit this run's networks, data "
+                            f"or environment ({one_line(error)}); use another") from error
+
+    def restore(self, **objects):
+        """Name what checkpoints hold: objects with a state_dict, or generators; where the run goes on
+        from a checkpoint, return them to its state. `agent` has a `noise_dim`."""
+        self.objects |= objects
+        for name in objects.keys() & self.state.keys():
+            with self.fitting(self.source, name):
+                restore_state(objects[name], self.state.pop(name))
+
+    def load_clone(self, clone: torch.nn.Module):
+        """Take over the cloned policy of args.bc_checkpoint. Raises UserError."""
+        source = f"--bc-checkpoint: {self.args.bc_checkpoint}"
+        stored = read_checkpoint(Path(self.args.bc_checkpoint), "bc", "--bc-checkpoint")
+        with self.fitting(source, "policy"):
+            if stored["domain"] != domain_of(self.args.env_id):
+                raise UserError(f"{source} is of domain {stored['domain']}, not of {self.args.env_id}'s")
+            clone.load_state_dict(stored["state"])
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.listen(False)
+        if self.evaluator:
+            self.evaluator.close(at_once=kind is not None)
+        with contextlib.suppress(OSError if error else ()):  # of a full disk, which has been told
+            for part in (self.writer, self.lock):
+                if part:
+                    part.close()
+        if (kind is KeyboardInterrupt or self.stopping) and self.lock:
+            print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
+        if isinstance(error, NotFinite):
+            self.check_finite()  # an update that was not finite before is the cause, and named instead
+            raise UserError(f"{error}: training diverged, or the simulation did; {self.way_out()}") from error
+
+    def open(self):
+        """Make the folder, or open the one to resume: from here on the run can be resumed."""
+        if self.lock:
+            return
+        make_folder(self.path, "--run-dir")
+        self.lock = lock_file(self.path / ".lock", wait=False)
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
+        hardware = dict(cpu=cpu_name(), cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
+        commit = git_commit(sys.modules[type(self.args).__module__])
+        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=commit, hardware=hardware)
+        earlier = []
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            earlier = [*json.loads((self.path / "config.json").read_text())["sittings"]]
+        packages = versions("torch", "numpy", "ogbench", "gymnasium", "mujoco")
+        self.record(script=self.script, args=vars(self.args), dataset=self.data, **sitting,
+                    versions=packages | dict(python=platform.python_version(), platform=platform.platform()),
+                    sittings=[*earlier, sitting])
+        if not any((self.path / name).exists() for name in CHECKPOINTS):
+            self.save()
+        for name in self.rows:
+            self.write_table(name)  # which heals a damaged one, and drops rows that come again
+        if self.args.track:
+            import wandb
+
+            own = dict(project="trqam", name=self.path.name)  # W&B's own variables win over these
+            own = {key: x for key, x in own.items() if f"WANDB_{key.upper()}" not in os.environ}
+            run = wandb.init(**own, id=self.wandb_id, resume="allow", config=vars(self.args),
+                             sync_tensorboard=True)
+            self.wandb_id = run.id
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = sum(self.done.values()) + 1 if self.args.resume else None
+        self.writer = SummaryWriter(str(self.path), purge_step=purge)
+        lines = "".join(f"|{key}|{value}|\n" for key, value in vars(self.args).items())
+        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{lines}")
+
+    def record(self, **facts):
+        """Add facts to config.json."""
+        self.config = (self.config or {}) | facts
+        content = json.dumps(self.config, indent=1, default=str)
+        write_atomically(self.path / "config.json", content.encode())
+
+    def load_dataset(self) -> ChunkDataset:
+        """`load_dataset` with this run's settings; says what it is. Raises UserError."""
+        args, began = self.args, self.data if self.args.resume else None
+        if args.collect_episodes and not args.dataset_path and args.env_id not in TASKS:
+            name = split_env_id(args.env_id)[1]
+            rows = args.collect_episodes * (official_size(name)[1] - 1)
+            if max(args.batch_size, args.chunk_length) > rows:
+                raise UserError(f"--batch-size and --chunk-length must be at most the {rows} transitions "
+                                "that are collected")
+            path = collected_path(name, args.collect_episodes, args.collect_seed, args.dataset_dir)
+            if can_collect(name) and not path.exists():
+                self.open()  # collecting is long; what is there is checked before a folder is made
+        same = "dataset_path", "dataset_dir", "collect_episodes", "collect_seed", "chunk_length", "gamma"
+        dataset, self.data = load_dataset(args.env_id, **{key: getattr(args, key) for key in same},
+                                          sparse=args.sparse_reward, device=self.device)
+        if args.batch_size > dataset.size:
+            raise UserError(f"--batch-size {args.batch_size} is larger than {dataset.size} transitions")
+        if began and began["sha256"] != self.data["sha256"]:
+            raise UserError(f"--resume: the run began on {describe_dataset(began)}, and this is "
+                            f"{describe_dataset(self.data)}")
+        self.open()
+        self.record(dataset=self.data)
+        print(f"run: {self.path}")
+        print("settings:", ", ".join(f"{key} {x}" for key, x in vars(args).items() if x != ""))
+        share = self.data["success_fraction"]
+        print(f"data: {describe_dataset(self.data)}; the task is done in {share:.2%} of its rows")
+        if not share:
+            print("note: no row of the data solves this task, so its reward is never the highest")
+        return dataset
+
+    def enters(self, stage: str) -> bool:
+        """Whether a stage begins now, and had not before this run was resumed."""
+        begins = stage not in self.done
+        self.done.setdefault(stage, 0)
+        return begins
+
+    def steps(self, stage: str, total: int):
+        """The numbers of a stage's steps that are left, up to `total`; call `after` at the end of each.
+        Meanwhile a first Ctrl-C or SIGTERM only asks to save and stop."""
+        self.enters(stage)
+        if stage != [*self.done][-1]:
+            return  # it is over
+        self.listen(True)
+        self.stage, self.total, self.logged = stage, total, (time.perf_counter(), self.done[stage])
+        left = range(self.done[stage] + 1, total + 1)
+        with tqdm(left, stage, total, initial=self.done[stage], unit="step", disable=not left,
+                  **PROGRESS) as self.bar:
+            for step in self.bar:
+                self.done[stage] = step
+                yield step
+
+    def listen(self, on: bool):
+        """Whether a first Ctrl-C or SIGTERM only asks to save and stop; else they end the program."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.ask_to_stop if on else signal.default_int_handler)
+
+    def ask_to_stop(self, number: int, frame: Any):
+        self.stopping = number
+        self.listen(False)
+        # Not print, which the signal may have interrupted.
+        os.write(2, b"\nstopping after this step, or this evaluation; once more ends at once\n")
+
+    def after(self, statistics: dict[str, Any], policy: Callable | None = None):
+        """After a step: log, evaluate the policy and save, where that is due. Without a policy the
+        stage's last step is not saved: what begins after it calls `evaluate_and_save`."""
+        args, step, last = self.args, self.done[self.stage], self.done[self.stage] == self.total
+        self.watch(statistics)
+        if last or step % args.log_interval == 0:
+            self.log(statistics)
+        if policy and (last or step % args.eval_interval == 0):
+            self.evaluate_and_save(policy)
+        elif not last and (step % args.checkpoint_interval == 0 or self.stopping):
+            self.save()
+
+    def watch(self, statistics: dict[str, Any]):
+        """Note, on the device and without waiting for it, the first step at which each statistic was
+        not finite."""
+        tensors = {key: x for key, x in statistics.items() if isinstance(x, torch.Tensor)}
+        if tensors:
+            finite = torch.isfinite(torch.stack([*tensors.values()]))  # [n]
+            if self.watched != [*tensors]:
+                self.watched, self.bad_since = [*tensors], torch.full_like(finite, MOST + 1, dtype=torch.int64)
+            since = self.bad_since.clamp(max=self.done[self.stage])
+            self.bad_since = torch.where(finite, self.bad_since, since)
+
+    def check_finite(self, weights: dict[str, torch.Tensor] | None = None):
+        """Raise UserError, with its name and step, for the first statistic that was not finite, or
+        else for the first of `weights`. Waits for the device."""
+        steps = self.bad_since.tolist() if self.watched else []
+        step, bad = min(steps, default=MOST + 1), None
+        if step <= MOST:
+            bad = self.watched[steps.index(step)]
+        elif weights:
+            step = self.done.get(self.stage, 0)
+            bad = next((name for name, x in weights.items() if not torch.isfinite(x).all()), None)
+        if bad:
+            where = f"{bad} is not finite at step {step} of {self.stage}"
+            raise UserError(f"{where}: training diverged; {self.way_out()}")
+
+    def way_out(self) -> str:
+        """What to do after something was not finite, in words."""
+        kept = self.path / CHECKPOINTS[0]
+        before = f"{kept} is" if kept.exists() else "no checkpoint is"
+        return f"try a lower --learning-rate in a new run ({before} from before it)"
+
+    def log(self, statistics: dict[str, Any]):
+        """Write a row of train.csv, and to TensorBoard, for the newest step. Waits for the device."""
+        self.check_finite()
+        (then, before), step = self.logged, self.done[self.stage]
+        self.logged = now, _ = time.perf_counter(), step
+        row = statistics | {"charts/SPS": (step - before) / (now - then)}
+        self.append("train.csv", self.stage, step, row)
+
+    def append(self, name: str, stage: str, step: int, numbers: dict[str, Any]):
+        """Add a row to a table and to TensorBoard; a new column stays empty in the earlier rows."""
+        known = [*dict.fromkeys(itertools.chain(*self.rows[name]))]
+        numbers = {key: float(f"{float(x):.6g}") for key, x in numbers.items()}  # as both files say
+        for key, value in numbers.items():
+            tag = key if "/" in key else f"charts/{'episodic_' * (key[:7] != SCORES[0])}{key}"
+            self.writer.add_scalar(tag, value, sum(self.done.values()))
+        self.rows[name].append(dict(stage=stage, step=step) | numbers)
+        if numbers.keys() - known:
+            return self.write_table(name)
+        with open(self.path / name, "a", newline="") as file:
+            csv.DictWriter(file, known, lineterminator="\n").writerow(self.rows[name][-1])
+
+    def write_table(self, name: str):
+        text, columns = io.StringIO(), dict.fromkeys(itertools.chain(*self.rows[name]))
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows[name])
+        write_atomically(self.path / name, text.getvalue().encode())
+
+    def evaluate_and_save(self, policy: Callable):
+        """Evaluate a policy (see `Evaluator`) for eval.csv and the learning curve; save."""
+        paused = time.perf_counter()
+        self.check_finite()
+        stage = next((stage for stage, steps in reversed(self.done.items()) if steps), "bc")
+        scores = self.evaluate(policy, f"at step {self.done[stage]} of {stage}, ")
+        self.append("eval.csv", stage, self.done[stage], scores)
+        if self.stage:
+            self.bar.set_postfix({key: f"{scores[key]:.2f}" for key in SCORES[:2] if key in scores})
+        self.draw()
+        self.save()
+        if self.stage:  # rates leave evaluations out
+            self.logged = self.logged[0] + time.perf_counter() - paused, self.logged[1]
+
+    def evaluate(self, policy: Callable, when: str) -> dict[str, float]:
+        """Scores of `Evaluator.evaluate`. Raises NotFinite, which says when."""
+        args = self.args
+        if not self.evaluator:
+            words = args.env_id, args.chunk_length, args.eval_episodes, args.seed
+            self.evaluator = Evaluator(*words, self.objects["agent"].noise_dim, self.device)
+        try:
+            return self.evaluator.evaluate(policy, args.best_of_n)
+        except NotFinite as error:
+            raise NotFinite(f"{when}{error}") from error
+
+    def evaluate_only(self, policy: Callable):
+        """Evaluate args.checkpoint's policy and print the result; with args.capture_video, film it."""
+        require(len(self.done) > 1, f"{self.source} is of a run that was still cloning: it holds no "
+                "policy to evaluate yet")
+        scores = self.evaluate(policy, f"{self.source}: ")
+        print(f"{self.args.env_id}, {scores['episodes']} episodes: {show(scores)}")
+        if self.args.capture_video:
+            self.film(Path(self.args.checkpoint).parent)
+
+    def film(self, folder: Path):
+        stage = next((stage for stage, steps in reversed(self.done.items()) if steps), "bc")
+        name = f"{stage}-{self.done.get(stage, 0)}-seed{self.args.seed}"
+        self.evaluator.film(folder / "videos", name)  # a film of another step stays
+
+    def save(self):
+        """Write checkpoint.pt: the state of all that `restore` was given, once a stage began. Ends the
+        program where a signal asked for that."""
+        state = {}
+        for name, x in self.objects.items() if self.done else ():
+            state[name] = x.get_state() if isinstance(x, torch.Generator) else x.state_dict()
+        self.check_finite(state.get("agent"))
+        newest, previous = (self.path / name for name in CHECKPOINTS)
+        content = dict(kind=self.script, args=vars(self.args), done=self.done, rows=self.rows,
+                       data=self.data, device=self.device.type, seconds=self.elapsed(),
+                       wandb_id=self.wandb_id, state=state)
+        write_checkpoint(newest, content, previous)
+        if self.stopping:
+            sys.exit(128 + self.stopping)
+
+    def save_clone(self, clone: torch.nn.Module):
+        """Write bc_checkpoint.pt: the cloned policy, for all tasks of the domain and all scripts."""
+        self.check_finite(clone.state_dict())
+        content = dict(kind="bc", domain=domain_of(self.args.env_id), args=vars(self.args), data=self.data)
+        write_checkpoint(self.path / "bc_checkpoint.pt", content | dict(state=clone.state_dict()))
+
+    def elapsed(self) -> float:
+        """Seconds this run has taken, all sittings together."""
+        return self.seconds + time.perf_counter() - self.began
+
+    def draw(self):
+        """learning_curve.png: success (return, where there is none) of fine-tuning beside the clone's,
+        and what was logged under trust_region/, by its name."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        score, region = figure.subplots(1, 2)
+        before = {"bc": None, "offline": 0, "online": self.done.get("offline", 0)}
+        evals = self.rows["eval.csv"]
+        place = [(before[row["stage"]] or 0) + row["step"] * (row["stage"] != "bc") for row in evals]
+        key = next(key for key in SCORES if key in evals[-1])
+        y, e = (np.array([row.get(k, 0.0) for row in evals]) for k in (key, f"{key}_stderr"))
+        score.plot(place, y, marker="o", ms=3, label=f"{self.script} (band: standard error)")
+        score.fill_between(place, y - e, y + e, alpha=0.25, lw=0)
+        if evals[0]["stage"] == "bc":
+            score.axhline(y[0], color="0.4", ls="--", label="behaviour cloning")
+        score.set(title=f"{key}, {self.args.eval_episodes} episodes")
+        train = [row for row in self.rows["train.csv"] if row["stage"] != "bc"]
+        for key in sorted({key for row in train for key in row if key.startswith("trust_region/")}):
+            rows = [row for row in train if key in row]
+            x = [before[row["stage"]] + row["step"] for row in rows]
+            region.plot(x, [row[key] for row in rows], lw=1, label=key.partition("/")[2])
+            region.set(title="trust region", yscale="log")
+        for axis in (score, region):
+            if "online" in self.done:
+                axis.axvline(before["online"], color="0.4", ls=":", label="online from here")
+            if axis.get_legend_handles_labels()[1]:
+                axis.legend(fontsize=8)
+            axis.set_xlabel("fine-tuning steps")
+            axis.grid(alpha=0.3)
+        title = f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.data)}"
+        figure.suptitle(title, fontsize=9)
+        write_atomically(self.path / "learning_curve.png", functools.partial(figure.savefig, dpi=110))
+
+    def finish(self, policy: Callable):
+        """Film the last evaluation, if asked for, and print what the run came to."""
+        self.listen(False)
+        if self.args.capture_video:
+            if not self.evaluator:  # resumed after its last evaluation
+                self.evaluate(policy, "")
+            self.film(self.path)
+        print(f"\n{self.args.env_id}, seed {self.args.seed}; {describe_dataset(self.data)}")
+        for row in {row["stage"]: row for row in self.rows["eval.csv"]}.values():  # each one's last
+            label = "behaviour cloning" if row["stage"] == "bc" else f"{row['stage']} {row['step']:,}"
+            print(f"{label:20}{show(row)}")
+        last = next((row for row in self.rows["train.csv"][::-1] if row["stage"] != "bc"), {})
+        region = {key.partition("/")[2]: x for key, x in last.items() if key.startswith("trust_region/")}
+        print(", ".join(f"{key} {value:.3g}" for key, value in region.items()))
+        print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
+
+
+SCORES = ("success", "return", "length")
+
+
+def show(scores: dict[str, Any]) -> str:
+    """Scores with their standard errors, where those are known, in words."""
+    error = {key: f" ± {scores[f'{key}_stderr']:.2f}" for key in SCORES if f"{key}_stderr" in scores}
+    return ", ".join(f"{key} {scores[key]:.2f}{error.get(key, '')}" for key in SCORES if key in scores)
+
+
+def choose_device(device: str, num_threads: int = 0, tf32: bool = False) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device, set to `num_threads` (0: torch's choice) and, a
+    GPU, to TF32 products or exact ones. Raises UserError where it is absent."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(device.partition(":")[2] or 0)
+    if device == "cpu" or device == "auto" and not count:
+        return torch.device("cpu")
+    if number >= count:
+        raise UserError(f"--device {device}: torch finds {count} CUDA GPUs here; use --device cpu, or "
+                        "install a CUDA build of torch")
+    torch.cuda.set_device(number)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    return torch.device("cuda", number)
+
+
+WORTH_COMPILING = 10_000  # updates, within which a minute and a half of compiling is won back
+
+
+def compiled(function: Callable, choice: str, updates: int, device: torch.device) -> Callable:
+    """`function` as one graph, made into fast code at its first call, within a minute or two, where
+    choice is `on`, or `auto` and so many updates win that back and compiling works here. Raises
+    UserError where it is `on` and does not work."""
+    if choice == "off" or choice == "auto" and updates < WORTH_COMPILING:
+        return function
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, none of its headers, no Triton: each in its own way
+        words = f"torch.compile does not work here ({one_line(error)})"
+        if choice == "on":
+            raise UserError(f"--compile on: {words}; install a C++ compiler, or leave it out") from error
+        print(f"not compiled, so slower: {words}")
+        return function
+    print("the update is compiled, a minute or two before the first one (--compile off: not)")
+    by_exp = {"cpp.use_decompose_tanh": True}  # on a CPU, GELU's tanh costs most after the products
+    return torch.compile(function, fullgraph=True, options=by_exp)
+
+
+class CudaGraph:
+    """An update whose many small launches on a GPU become a single one: recorded, then replayed.
+
+    The first two calls run as they are, which compiles what is compiled and makes the optimizer's
+    moments; the third one's launches are recorded. All read the same copies of what they are given.
+    Where recording fails, it says so, and goes on launch by launch.
+
+    update: takes named tuples of tensors (or None), of the same shapes each time, and gives named
+    tensors. It must not wait for the device or draw random numbers, and changes things in place.
+    """
+
+    def __init__(self, update: Callable[..., dict[str, torch.Tensor]]):
+        self.update, self.calls = update, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: tuple[torch.Tensor | None, ...]) -> dict[str, torch.Tensor]:
+        """What `update` gives; its tensors are overwritten by the next call."""
+        self.calls += 1
+        if self.calls == 1:
+            copies = [[None if x is None else x.clone() for x in group] for group in inputs]
+            self.inputs = [type(group)(*copy) for group, copy in zip(inputs, copies)]
+        for held, given in zip(self.inputs, inputs):
+            pairs = [pair for pair in zip(held, given) if pair[1] is not None]
+            torch._foreach_copy_(*map(list, zip(*pairs)))  # private, but one launch for all
+        if self.calls == 3:
+            self.record()
+        if self.calls >= 3 and self.graph:
+            self.graph.replay()
+            return self.results
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.results = self.update(*self.inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return self.results
+
+    def record(self):
+        gc.collect()  # nothing that was compiled may be unloaded in the midst of recording
+        first = None  # error, which the end of the recording would hide behind its own
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                try:
+                    self.results = self.update(*self.inputs)
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as error:
+            print("note: the update is launched step by step, and so slower, since recording it as a CUDA "
+                  f"graph failed: {one_line(first or error)} (--no-cuda-graph: no attempt)")
+            self.graph = None
+
+
+def write_atomically(path: Path, content: Any, previous: Path | None = None):
+    """Write bytes, or what a function writes to a binary file, so that at any moment `path` holds the
+    whole old content or the whole new one. previous: where the old one is kept; for a moment it is
+    there alone. Raises UserError where the disk is full or not writable."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1154,1134 +1705,94 @@ def write_atomically(path: Path, content: bytes | Callable[[Any], None], previou
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written ({error.strerror}); what was there before is unchanged"
-        ) from error
+        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is "
+                        "unchanged") from error
 
 
-def write_from(path: Path, offset: int, content: bytes):
-    """Write `content` into a file from byte `offset` on; what stands before it is not touched. Raises UserError where
-    the disk is full or not writable."""
+def make_folder(path: Path, flag: str):
+    """Make a folder that can be written to. Raises UserError, naming the flag that it came by."""
     try:
-        with open(path, "r+b" if path.exists() else "wb") as file:
-            file.seek(offset)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}); --resume goes on from the checkpoint"
-        ) from error
+        raise UserError(f"{flag}: {path} cannot be written to ({error.strerror}); name another folder") from error
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]):
-    """Write arrays in OGBench's file format, atomically."""
-    write_atomically(path, lambda file: np.savez(file, **arrays))
-
-
-class PickledType:
-    """In place of numpy.dtype: the type of plain numbers that a pickle names."""
-
-    def __init__(self, code, *_):
-        if not isinstance(code, str) or not re.fullmatch(r"[fiub]\d", code):
-            raise pickle.UnpicklingError(f"an array of type {code[:20] if isinstance(code, str) else '?'!r}")
-        self.numbers = np.dtype(code)
-
-    def __setstate__(self, state):
-        self.numbers = self.numbers.newbyteorder(">" if state[1] == ">" else "<")
-
-
-class PickledArray:
-    """What arrays are made into: `array` is made of a pickle's bytes, and of nothing that it could call."""
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, state):
-        _, shape, type_, fortran, content = state
-        if not isinstance(type_, PickledType) or not isinstance(content, (bytes, bytearray)):
-            raise pickle.UnpicklingError("an array that is not a plain one")
-        numbers = np.frombuffer(content, type_.numbers)
-        self.array = numbers.reshape(shape, order="F" if fortran else "C")
-
-
-class ArraysOnly(pickle.Unpickler):
-    """Reads a pickle of plain containers and NumPy or JAX arrays, each as a `PickledArray`.
-
-    Raises UnpicklingError, with its name, for any other global: nothing that a file names is ever called.
-    """
-
-    @staticmethod
-    def jax_array(function, arguments, state, _) -> PickledArray:
-        """A JAX array, which is pickled as a NumPy array's three parts and something about its type."""
-        array = PickledArray()
-        array.__setstate__(state)
-        return array
-
-    @staticmethod
-    def from_buffer(content, type_, shape, order) -> PickledArray:
-        """A NumPy array as pickle's protocol 5 has it."""
-        array = PickledArray()
-        array.__setstate__((1, shape, type_, order == "F", content))
-        return array
-
-    def find_class(self, module: str, name: str) -> Any:
-        admitted = {
-            "numpy.core.multiarray._reconstruct": PickledArray,
-            "numpy._core.multiarray._reconstruct": PickledArray,
-            "numpy.core.numeric._frombuffer": self.from_buffer,
-            "numpy._core.numeric._frombuffer": self.from_buffer,
-            "numpy.core.multiarray.scalar": PickledArray,  # of which nothing is read
-            "numpy._core.multiarray.scalar": PickledArray,
-            "numpy.ndarray": "ndarray",
-            "numpy.dtype": PickledType,
-            "jax._src.array._reconstruct_array": self.jax_array,
-            "collections.OrderedDict": dict,
-            "flax.core.frozen_dict.FrozenDict": dict,
-        }
-        if f"{module}.{name}" not in admitted:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no file of arrays needs")
-        return admitted[f"{module}.{name}"]
-
-
-@np.errstate(all="ignore")  # too large a number becomes infinite, and is refused
-def load_flax_actor(path: Path, flag: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """The cloned policy of one of the authors' own checkpoints (params_300000.pkl), as `load_checkpoint` gives ours.
-
-    Its domain is not in it, and is taken to be the right one. Raises UserError where it holds anything but arrays, or
-    no policy of these sizes.
-    """
+def lock_file(path: Path, wait: bool):
+    """An open file, locked against other processes until it is closed. Says what it waits for."""
+    file = open(path, "a")
     try:
-        with open(path, "rb") as file:
-            tree = ArraysOnly(file).load()
-        for key in ("agent", "network", "params", "modules_actor_slow", "mlp"):
-            tree = tree[key]
-        layers = {"Dense": ("kernel", "bias"), "LayerNorm": ("scale", "bias")}
-        count = {kind: sum(name.startswith(f"{kind}_") for name in tree) for kind in layers}
-        found = [tree[f"Dense_{i}"]["kernel"].array.shape for i in range(count["Dense"])]
-        chunk_dim = sizes["chunk_length"] * sizes["action_dim"]
-        widths = [sizes["observation_dim"] + chunk_dim + 1, *sizes["hidden_dims"], chunk_dim]
-        if found != list(itertools.pairwise(widths)) or bool(count["LayerNorm"]) != sizes["actor_layer_norm"]:
-            norm = "with" if count["LayerNorm"] else "without"
-            raise UserError(
-                f"{flag}: {path} holds a policy of layers {found} {norm} LayerNorm, which this run's is not"
-            )
-        state, position = {}, 0
-        for i in range(count["Dense"]):  # Linear, GELU and LayerNorm, where there is one, follow each other in `net`
-            for kind in layers if i < count["LayerNorm"] else ["Dense"]:
-                weight, bias = (
-                    torch.from_numpy(tree[f"{kind}_{i}"][key].array.astype(np.float32)) for key in layers[kind]
-                )
-                state |= {f"net.{position}.weight": weight.T.contiguous() if kind == "Dense" else weight}
-                state |= {f"net.{position}.bias": bias}
-                position += 2 if kind == "Dense" else 1
-        if not all(torch.isfinite(value).all() for value in state.values()):
-            raise UserError(f"{flag}: {path} holds numbers that are not finite; use another")
-        return dict(kind="bc", sizes=sizes, actor_slow=state)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged or hostile file can raise nearly anything
-        raise UserError(
-            f"{flag}: {path} is not ours, and cannot be read as one of the authors' ({first_line(error)}); use another"
-        ) from error
-
-
-def read_checkpoint(path: Path) -> Any:
-    """What `torch.save` wrote, as plain data and tensors on the CPU. A damaged file can raise nearly anything."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
-            raise ValueError("it is compressed, which ours are not")
-        damaged = archive.testzip()  # torch reads a flipped bit as a number
-    if damaged:
-        raise ValueError(f"the checksum of its {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def check_tensors(tensors: dict[str, Any], *dtypes: torch.dtype):
-    """Raise ValueError where one is no finite tensor of one of these types, or larger than the bytes it holds."""
-    for name, tensor in tensors.items():
-        plain = isinstance(name, str) and type(tensor) is torch.Tensor and tensor.dtype in dtypes
-        plain = plain and tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-        if not plain or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(f"its {name} is no plain {kinds} tensor")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"its {name} is not finite")
-
-
-def check_parts(checkpoint: dict[str, Any]):
-    """Raise an error that says what is wrong where a checkpoint is not made as ours are, as far as can be told without
-    the networks and the data: where a part is missing, of another type, or holds what no run writes."""
-    cloned = checkpoint["kind"] == "bc"
-    online = not cloned and "online_steps" in checkpoint["args"]
-    if cloned:
-        types = dict(sizes=dict, actor_slow=dict)
-    else:
-        types = dict(sizes=dict, args=dict, agent=dict, optimizer=dict, generator=torch.Tensor, step=int, rows=dict)
-        types |= dict(device=str, seconds=float, dataset=dict)
-        types |= dict(replay=dict, environment=dict) if online else {}
-    for part, type_ in types.items():
-        if part not in checkpoint:
-            raise ValueError(f"it lacks {part}")
-        if not isinstance(checkpoint[part], type_):
-            raise ValueError(f"its {part} is of a wrong type")
-    if cloned:
-        return check_tensors(checkpoint["actor_slow"], torch.float32)
-    rows, args, dataset = checkpoint["rows"], checkpoint["args"], checkpoint["dataset"]
-    if set(rows) != {"train.csv", "eval.csv"}:  # they name files
-        raise ValueError("its rows are those of other tables")
-    counts = [checkpoint["step"], *rows.values(), args["bc_steps"], args["offline_steps"]]
-    tensors = dict(checkpoint["agent"])
-    for i, moments in checkpoint["optimizer"]["state"].items():
-        tensors |= {f"{name} {i} of Adam": moments[name] for name in ("step", "exp_avg", "exp_avg_sq")}
-    if online:
-        environment, replay = checkpoint["environment"], checkpoint["replay"]
-        counts += [environment["episode"], environment["taken"]]
-        tensors |= {name: environment[name] for name in ("actions", "chunk")}
-        check_tensors({"observation": environment["observation"]}, torch.float32, torch.float64)
-        last = environment["last_episode"]
-        reported = {"charts/online_return", "charts/online_length", "charts/online_success"} if last else set()
-        if set(last) != reported or not all(type(x) in (int, float) and abs(x) < NEVER for x in last.values()):
-            raise ValueError("its last_episode is of a wrong type")
-        if not dataset["rotating"]:
-            counts += [replay[name] for name in ("rows", "crc32", "size", "episodes")]
-            check_tensors({"ends": replay["ends"]}, torch.int64)
-    if any(type(count) is not int or not 0 <= count < NEVER for count in counts):
-        raise ValueError("its steps or rows are no counts")
-    if type(dataset["rotating"]) is not bool:
-        raise ValueError("its dataset is of a wrong type")
-    describe_dataset(dataset)
-    check_tensors(tensors, torch.float32)
-
-
-def load_checkpoint(path: str | Path, kind: str, flag: str, sizes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a checkpoint, and check all that is checked without the networks.
-
-    kind: the program that must have written it, or "bc". sizes: what its sizes, and domain, must be.
-    Raises UserError, naming `flag` and both sides, where it cannot be read or is another one.
-    """
-    path = Path(path)
-    if kind == "bc" and path.suffix == ".pkl" and path.is_file():
-        return load_flax_actor(path, flag, sizes)
-    try:
-        checkpoint = read_checkpoint(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{flag}: {path} does not exist") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"{flag}: {path} is damaged or not a checkpoint ({first_line(error)}); use another") from error
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if not isinstance(found, str) or found != kind:
-        found = found if isinstance(found, str) else "foreign"
-        raise UserError(f"{flag}: {path} is a {found[:40]} checkpoint, but one of {kind} is needed here")
-    try:
-        check_parts(checkpoint)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if of_memory(error):
-            raise
-        missing = "it lacks " if isinstance(error, KeyError) else ""
-        raise UserError(f"{flag}: {path} is damaged: {missing}{first_line(error)}; use another") from error
-    for key, value in (sizes or {}).items():
-        found = checkpoint["sizes"].get(key)
-        if type(found) is not type(value):
-            raise UserError(f"{flag}: {path} is damaged: its {key} is of a wrong type; use another")
-        if found != value:
-            raise UserError(f"{flag}: {path} has {key} {found}, but this run has {key} {value}")
-    return checkpoint
-
-
-def of_memory(error: Exception) -> bool:
-    """Whether there was too little of it; on the CPU torch raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not wait:
+            raise UserError(f"--run-dir: another process is running in {path.parent}; wait for it, or "
+                            "name another") from error
+        print(f"waiting for another process, which holds {path}", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 @contextlib.contextmanager
-def restoring(args: Any, resumes: bool = False):
-    """For the block that takes over what a checkpoint holds: UserError, with its name, where that does not fit.
-
-    resumes: it is one of the run itself.
-    """
-    try:
-        yield
-    except (NotFinite, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if of_memory(error):
-            raise
-        flag, path = ("--checkpoint", args.checkpoint) if args.checkpoint else ("--bc-checkpoint", args.bc_checkpoint)
-        flag, path = ("--resume", args.run_dir) if resumes else (flag, path)
-        raise UserError(
-            f"{flag}: the weights or numbers in {path} do not fit this run's networks or environment; use another"
-        ) from error
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]):
-    """Take over Adam's moments; its settings stay this run's. Raises ValueError where they are not of its parameters'
-    shapes: torch itself would write past their ends."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, moments in stored["state"].items():
-        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameters[i].shape or moments["step"].dim():
-            raise ValueError(f"moments {i} of Adam are of another shape")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": stored["state"]})
-
-
-CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest, and the one before it
-
-
-def load_newest(kept: list[Path], kind: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """The newest of a run's checkpoints. Raises UserError where it is damaged, and names the older one, if whole."""
-    try:
-        return load_checkpoint(kept[0], kind, "--resume", sizes)
-    except UserError as error:
-        for older in kept[1:]:
-            try:
-                step = load_checkpoint(older, kind, "--resume", sizes)["step"]
-            except UserError:
-                continue
-            raise UserError(
-                f"{error}: {older}, of step {step}, is whole; to go on from there, rename it to {kept[0].name}"
-            ) from error
-        raise
-
-
-def environment_sizes(env_id: str) -> tuple[int, int]:
-    """(O, d): numbers in an observation and in one action. Raises UserError for an unknown id."""
-    env = unplayed_env(env_id)
-    return env.observation_space.shape[0], env.action_space.shape[0]
-
-
-def choose_device(device: str, num_threads: int, tf32: bool = False) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> the device, set to `num_threads` (0: torch's choice), and, a GPU, to TF32 products or
-    exact ones. Raises UserError where CUDA is asked for and absent."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: torch finds no CUDA GPU here; use --device cpu or install a CUDA build of torch"
-        )
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    return torch.device("cuda")
-
-
-def choose_compile(choice: str, device: torch.device, updates: int) -> str:
-    """Whether the update is compiled: `on` or `off`, of `auto` what pays within so many updates and works here.
-
-    Raises UserError where it is asked for and does not work.
-    """
-    if choice == "off" or choice == "auto" and updates < WORTH_COMPILING:
-        return "off"
-    try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except Exception as error:  # no compiler, none of its headers, no Triton: each fails in its own way
-        if choice == "on":
-            raise UserError(
-                f"--compile on: torch.compile does not work here ({first_line(error)}); install a C++ compiler "
-                "(on a GPU: Triton), or use --compile off"
-            ) from error
-        print(f"not compiled, so slower: torch.compile does not work here ({first_line(error)})")
-        return "off"
-    print("the update is compiled, which takes a minute or two before the first one (--compile off: none)")
-    return "on"
-
-
-class CudaGraph:
-    """An update whose many small launches on a GPU become a single one: it is recorded once, and then replayed.
-
-    The first two calls run as they are, which compiles what is compiled, and makes the optimizer's moments; the third
-    one's launches are recorded. All of them read the same copies of what they are given, as a recorded launch must.
-
-    Args:
-        update: takes named tuples of tensors (or None), of the same shapes each time, and gives named tensors or
-            numbers. It must not wait for the device or draw random numbers, and must change what it changes in place.
-    """
-
-    def __init__(self, update: Callable[..., dict[str, Any]]):
-        self.update, self.calls = update, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, *inputs: tuple[torch.Tensor | None, ...]) -> dict[str, Any]:
-        """What `update` gives; its tensors are overwritten by the next call."""
-        self.calls += 1
-        if self.calls == 1:
-            self.inputs = [type(group)(*(x if x is None else x.clone() for x in group)) for group in inputs]
-        for held, given in zip(itertools.chain(*self.inputs), itertools.chain(*inputs)):
-            if given is not None:
-                held.copy_(given)
-        if self.calls <= 2:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.results = self.update(*self.inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.results
-        if self.calls == 3:
-            gc.collect()  # nothing that was compiled may be unloaded in the midst of recording
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.results = self.update(*self.inputs)
-        self.graph.replay()
-        return self.results
-
-
-def flag_of(field: str) -> str:
-    """`kl_budget` -> `--kl-budget`."""
-    return "--" + field.replace("_", "-")
-
-
-LARGEST = 10**9  # of any setting
-MOST = dict(  # tighter bounds, still far beyond any use
-    seed=2**32 - 1, collect_seed=2**32 - 1, num_threads=os.cpu_count() or 1, eval_episodes=10**5, best_of_n=10**5,
-    collect_episodes=10**6, utd_ratio=10**4, flow_steps=10**4, num_critics=10**4, chunk_length=10**4,
-    hidden_dims=10**6, batch_size=10**7,
-)  # fmt: skip
-NEVER = 2**62  # a step that no run reaches
-WORTH_COMPILING = 10_000  # updates, within which a minute and a half of compiling is won back at every size measured
-
-POSITIVE = set(
-    "batch_size chunk_length num_critics flow_steps best_of_n hidden_dims learning_rate max_grad_norm kl_budget "
-    "lam_scale lambda_min lambda_max kl_clip_coef eval_interval eval_episodes log_interval checkpoint_interval "
-    "inverse_temperature utd_ratio".split()
-)
-NOT_NEGATIVE = set(
-    "seed num_threads collect_episodes collect_seed bc_steps offline_steps online_steps learning_starts rho eta_lambda "
-    "entropy_scale kl_budget_online max_data_gb".split()
-)
-FRACTION = {"gamma", "tau", "kl_ema_coef"}
-
-
-def check_settings(args: Any):
-    """Raise UserError for a setting out of its range, before any work is done."""
-    for names, words, fine in (
-        (POSITIVE, "greater than 0", lambda x: x > 0),
-        (NOT_NEGATIVE, "0 or greater", lambda x: x >= 0),
-        (FRACTION, "greater than 0 and at most 1", lambda x: 0 < x <= 1),
-        ({"edit_scale"}, "between 0 and 1", lambda x: 0 <= x <= 1),
-    ):
-        for field in dataclasses.fields(args):
-            value = getattr(args, field.name)
-            values = value if isinstance(value, tuple) else (value,)
-            if field.name in names and not (values and all(fine(x) and abs(x) < math.inf for x in values)):
-                raise UserError(f"{flag_of(field.name)} must be {words}, not {value}")
-    for field in dataclasses.fields(args):
-        value, most = getattr(args, field.name), MOST.get(field.name, LARGEST)
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, (int, float)) and x > most:
-                raise UserError(f"{flag_of(field.name)} must be at most {most:,}, not {x}")
-            if isinstance(x, str) and (x.encode(errors="replace").decode() != x or "\0" in x):
-                raise UserError(f"{flag_of(field.name)} holds bytes that are no text; rename that path")
-        if typing.get_origin(field.type) is typing.Literal and value not in typing.get_args(field.type):
-            raise UserError(
-                f"{flag_of(field.name)} must be one of {', '.join(typing.get_args(field.type))}, not {value}"
-            )
-    if hasattr(args, "lambda_min") and args.lambda_min > args.lambda_max:
-        raise UserError(f"--lambda-min {args.lambda_min} is greater than --lambda-max {args.lambda_max}: swap them")
-    if getattr(args, "online_steps", 0) and args.learning_starts >= args.online_steps:
-        raise UserError(
-            f"--learning-starts {args.learning_starts} leaves no update in --online-steps {args.online_steps}: lower it"
-        )
-    if getattr(args, "balanced_sampling", False) and args.learning_starts < args.chunk_length:
-        raise UserError(
-            f"--learning-starts {args.learning_starts} leaves no whole chunk for --balanced-sampling: at least "
-            f"{args.chunk_length} steps must come before the first update"
-        )
-
-
-def quiet_cli(args_class: type, default: Any) -> Any:
-    """tyro's command line, with its boxed error messages as one line. Raises UserError for a malformed one."""
-    with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        try:
-            return tyro.cli(args_class, default=default)
-        except SystemExit as stop:
-            if not stop.code:
-                raise
-    lines = [line.strip("│ ") for line in stderr.getvalue().splitlines() if line.startswith("│")]
-    rules = [i for i, line in enumerate(lines) if set(line) == {"─"}] + [len(lines)]
-    hint = next(
-        (f"; did you mean {lines[i + 1].split()[0]}?" for i, x in enumerate(lines) if "erhaps you meant" in x), ""
-    )
-    raise UserError(" ".join(lines[: rules[0]]) + hint + f" (see {Path(sys.argv[0]).name} --help)")
-
-
-RESUME_MAY_CHANGE = set(
-    "run_dir resume dataset_path dataset_dir offline_steps online_steps learning_starts utd_ratio balanced_sampling "
-    "kl_budget_online device num_threads compile cuda_graph capture_video track".split()
-)
-EVALUATION_MAY_CHANGE = set(
-    "eval_only checkpoint eval_episodes seed best_of_n device num_threads compile cuda_graph tf32 capture_video "
-    "run_dir resume".split()
-)
-OF_ONE_SITTING = set(
-    "run_dir resume eval_only checkpoint device num_threads compile cuda_graph capture_video track".split()
-)
-CHECKPOINT_DECIDES = set(
-    "env_id sparse_reward bc_checkpoint bc_steps chunk_length hidden_dims actor_layer_norm num_critics".split()
-)
-
-
-def parse_args(
-    args_class: type, settings: Callable[[Any], dict[str, Any]], script: str, starts_from: str | None = None
-) -> Any:
-    """Command line -> `args_class`. A flag that is given wins over `settings(args)`, and those over the defaults.
-
-    settings: given the arguments so far, the values to use where no flag says otherwise (by preset and domain).
-    With --resume or --eval-only the settings are those stored with the run; with a --checkpoint of `starts_from`, the
-    script whose runs may go on in this one, its settings win over `settings`. Raises UserError.
-    """
-    args = quiet_cli(args_class, args_class())
-    if args.resume and not args.run_dir:
-        raise UserError("--resume needs --run-dir, the folder of the run to continue")
-    if args.eval_only and not args.checkpoint or args.checkpoint and not (args.eval_only or starts_from):
-        raise UserError("--eval-only and --checkpoint go together: the one evaluates the other's policy")
-    if args.resume:
-        config = Path(args.run_dir).expanduser() / "config.json"
-        if not config.is_file():
-            raise UserError(
-                f"--resume: {args.run_dir} holds no run (no config.json); leave out --resume to start one there"
-            )
-        try:
-            stored = json.loads(config.read_text())
-            stored_script, stored_args = stored["script"], dict(stored["args"])
-            if not isinstance(stored.get("resumed", []), list) or not isinstance(stored.get("started_from", {}), dict):
-                raise ValueError("its history is of a wrong type")
-            if stored_script != script:
-                raise UserError(f"--resume: the run in {args.run_dir} is one of {stored_script}.py, not of {script}.py")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"--resume: {config} is damaged ({error!r}); start a new run in another folder") from error
-        return override(args_class, stored_args, RESUME_MAY_CHANGE, f"--resume: the run in {args.run_dir}")
-    if args.eval_only:
-        stored = load_checkpoint(args.checkpoint, script, "--checkpoint")["args"]
-        return override(args_class, stored, EVALUATION_MAY_CHANGE, f"--checkpoint: {args.checkpoint}")
-    fields, inherited = {field.name for field in dataclasses.fields(args_class)}, {}
-    if args.checkpoint:
-        if args.bc_checkpoint:
-            raise UserError("--checkpoint and --bc-checkpoint: a run starts from one of them; leave out the other")
-        stored = load_checkpoint(args.checkpoint, starts_from, "--checkpoint")["args"]
-        inherited = {key: value for key, value in stored.items() if key in fields - OF_ONE_SITTING}
-        args = override(args_class, inherited, fields - CHECKPOINT_DECIDES, f"--checkpoint: {args.checkpoint}")
-    for _ in range(2):  # the preset decides the environment, the environment its domain's settings
-        args = quiet_cli(args_class, with_tuples(args_class, {**settings(args), **inherited}))
-    split_env_id(args.env_id)
-    return args
-
-
-def stored_settings(args: Any) -> dict[str, Any]:
-    """Settings as they are stored, and come back from JSON: with lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(args)))
-
-
-def with_tuples(args_class: type, stored: dict[str, Any]) -> Any:
-    """Settings that were stored as JSON, which knows no tuples."""
-    return args_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
-
-
-def is_like(value: Any, default: Any) -> bool:
-    """Whether a stored setting is of its default's type. JSON knows no tuples; an int may stand for a float."""
-    if isinstance(default, tuple):
-        return isinstance(value, (list, tuple)) and all(type(x) is int for x in value)
-    return type(value) is type(default) or (type(default) is float and type(value) is int)
-
-
-def override(args_class: type, stored: dict[str, Any], may_change: set[str], whose: str) -> Any:
-    """Stored settings with the command line's on top. Raises UserError for one that may not change."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
-    for key, value in stored.items():
-        if key not in defaults or not is_like(value, defaults[key]):
-            raise UserError(f"{whose} holds the setting {key!r} as {reprlib.repr(value)}: it is damaged; use another")
-    base = with_tuples(args_class, stored)
-    args = quiet_cli(args_class, base)
-    for key, value in dataclasses.asdict(base).items():
-        if key not in may_change and getattr(args, key) != value:
-            raise UserError(
-                f"{whose} has {flag_of(key)} {value}, which {getattr(args, key)} cannot replace; leave that flag out"
-            )
-    return args
-
-
-def run_script(
-    main: Callable[[Any], None],
-    args_class: type,
-    settings: Callable[[Any], dict[str, Any]],
-    script: str,
-    starts_from: str | None = None,
-):
-    """Parse the command line (see `parse_args`) and run `main`; a UserError ends the program with its one line and
-    exit status 1."""
-    try:
-        main(parse_args(args_class, settings, script, starts_from))
-    except UserError as error:
-        sys.exit("error: " + " ".join(str(error).split("\n")))
-    except OSError as error:
-        sys.exit(
-            f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path, its rights and the disk"
-        )
-    except (MemoryError, RuntimeError) as error:
-        if "home directory" in str(error):  # of a user that a path names
-            sys.exit("error: a path begins with ~ and a user that this machine does not know; write it out")
-        if not of_memory(error):
-            raise
-        sys.exit(
-            "error: out of memory; use smaller --hidden-dims, --batch-size, --num-critics, --flow-steps, "
-            "--chunk-length, --best-of-n or --online-steps, or less data"
-        )
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-EVAL_COLUMNS = ("stage", "step", "success", "success_stderr", "return", "length", "episodes")
-
-
-class Run:
-    """The folder and files of one training run, as a context manager.
-
-    Args:
-        script: name of the program, without `.py`.
-        args: its settings.
-        sizes: domain and sizes of its networks, by which its checkpoints are told from others.
-        noise_dim: random numbers that its policy takes for a chunk.
-        device: where it trains.
-        starts_from: the script that must have written args.checkpoint, where that is set.
-
-    Raises UserError where the folder already holds files and args.resume is not set.
-
-    Attributes:
-        path: the folder.
-        checkpoint: what `save` wrote last, when resuming; else what args.checkpoint holds, the end of another script's
-            run that goes on in this one; else None.
-        rows: of eval.csv and train.csv so far, those of that other run included.
-        stopping: the number of the signal, SIGINT or SIGTERM, that asks to save and stop; 0: none does.
-    """
-
-    def __init__(
-        self,
-        script: str,
-        args: Any,
-        sizes: dict[str, Any],
-        noise_dim: int,
-        device: torch.device,
-        starts_from: str | None = None,
-    ):
-        self.script, self.args, self.sizes, self.noise_dim, self.device = script, args, sizes, noise_dim, device
-        name = f"{args.env_id}__{script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.path = Path(args.run_dir or Path("runs") / name).expanduser()
-        if self.path.exists() and not args.resume:
-            # A run that was killed at once leaves only its lock, and perhaps a hidden file half written.
-            if not self.path.is_dir() or any(not path.name.startswith(".") for path in self.path.iterdir()):
-                raise UserError(
-                    f"--run-dir: {self.path} is not empty; name another folder, or continue its run with --resume"
-                )
-        if args.track and importlib.util.find_spec("wandb") is None:
-            raise UserError("--track needs Weights & Biases: pip install wandb")
-        kept, self.checkpoint = [self.path / name for name in CHECKPOINTS if (self.path / name).exists()], None
-        self.resumes = args.resume and bool(kept)
-        if self.resumes:
-            self.checkpoint = load_newest(kept, script, sizes)
-            self.check_steps("--resume")
-            for key, value in stored_settings(args).items():
-                if key not in RESUME_MAY_CHANGE and self.checkpoint["args"].get(key, value) != value:
-                    raise UserError(
-                        f"--resume: {self.path / 'config.json'} is damaged: it has {flag_of(key)} {value}, but the "
-                        f"checkpoint {reprlib.repr(self.checkpoint['args'][key])}; put that back"
-                    )
-            there = self.checkpoint["device"]
-            if there != device.type:
-                raise UserError(
-                    f"--resume: the run began on {there}, and only there goes on exactly; use --device {there}"
-                )
-        elif args.checkpoint:
-            self.checkpoint = load_checkpoint(args.checkpoint, starts_from, "--checkpoint", sizes)
-            self.check_steps("--checkpoint")
-        self.evaluator = self.writer = self.bar = self.lock = None
-        self.config, self.stopping = {}, 0
-        self.started = time.perf_counter()
-        self.steps_since_log = self.updates_since_log = self.stage_step = 0
-        self.watched, self.bad_since, self.stage = [], None, ""  # names of statistics, their first bad steps
-        self.seconds = self.checkpoint["seconds"] if self.resumes else 0.0  # of earlier sittings
-        self.columns = {"train.csv": ["stage", "step", "charts/SPS"], "eval.csv": list(EVAL_COLUMNS)}
-        self.rows = {"train.csv": [], "eval.csv": []}
-        tables = self.path if self.resumes or not self.checkpoint else Path(args.checkpoint).parent
-        for name, count in (self.checkpoint["rows"] if self.checkpoint else {}).items():
-            if not self.resumes and not (tables / name).exists():
-                continue  # another run's checkpoint may come without its tables
-            columns, rows = read_csv(tables / name)
-            needed = EVAL_COLUMNS[1:] if name == "eval.csv" else ("step",)
-            if len(rows) < count or not all(is_row(row, needed) for row in rows[:count]):
-                raise UserError(
-                    f"{tables / name} is damaged: the {count} rows that its checkpoint was written with are not all "
-                    "there; start a new run in another folder"
-                )
-            if count:  # rows written after the checkpoint will be written again
-                self.columns[name], self.rows[name] = columns, rows[:count]
-
-    def check_steps(self, flag: str):
-        """Raise UserError where the steps asked for are fewer than those done, or make one stage's steps another's."""
-        args, done, stored = self.args, self.checkpoint["step"], self.checkpoint["args"]
-        bc_steps = 0 if args.bc_checkpoint else args.bc_steps
-        ended, ends = bc_steps + stored["offline_steps"], bc_steps + args.offline_steps
-        if max(0, done - ended) != max(0, done - ends) or ends + getattr(args, "online_steps", 0) < done:
-            online = f" and {done - ended} online" if done > ended else ""
-            raise UserError(
-                f"{flag}: the run has done {min(done, ended) - bc_steps} offline{online} steps, which the numbers of "
-                "steps asked for now do not hold; ask for at least as many, and change --offline-steps only before "
-                "going online"
-            )
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if self.evaluator:
-            self.evaluator.close(at_once=kind is not None)
-        with contextlib.suppress(OSError if error else ()):  # of a full disk, which has been told
-            for part in (self.bar, self.lock, self.writer):
-                if part:
-                    part.close()
-        self.restore_signals()
-        if (kind is KeyboardInterrupt or self.stopping) and self.writer:
-            print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
-        if isinstance(error, OSError) and self.writer:
-            raise UserError(
-                f"{error.filename or self.path}: {error.strerror or error}; mend that, and continue with --run-dir "
-                f"{self.path} --resume"
-            ) from error
-        if kind is NotFinite:
-            self.check_finite({})  # an update that was not finite before is the cause, and named instead
-            raise UserError(f"{error}: training diverged, or the simulation did; {self.way_out()}") from error
-
-    def open(self):
-        """Make the folder, with config.json, or open the one to resume: from here on the run can be resumed."""
-        if self.writer:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--run-dir: {self.path} cannot be made ({error.strerror}); name another folder") from error
-        self.lock = open(self.path / ".lock", "a")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"--run-dir: another process is running in {self.path}; wait for it, or name another"
-            ) from error
-        sitting = dict(
-            command=" ".join(sys.argv),
-            git_commit=git_commit(),
-            versions={p: version_of(p) for p in ("torch", "numpy", "ogbench", "gymnasium", "mujoco")}
-            | {"python": platform.python_version()},
-            hardware=dict(
-                cpu=cpu_name(),
-                cores=os.cpu_count(),
-                threads=torch.get_num_threads(),
-                platform=platform.platform(),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            ),
-        )
-        config = self.path / "config.json"
-        settings = dataclasses.asdict(self.args)
-        done = self.checkpoint["step"] if self.checkpoint else 0
-        if config.exists():
-            self.config = json.loads(config.read_text())
-            started = self.config.get("started_from")
-            if started and not self.resumes and started["sha256"] != file_hash(Path(self.args.checkpoint)):
-                raise UserError(f"--resume: {self.args.checkpoint} has changed since the run began from it; start anew")
-            self.record(args=settings, resumed=[*self.config.get("resumed", []), dict(step=done, **sitting)])
-        else:
-            if self.checkpoint:
-                start = Path(self.args.checkpoint)
-                sitting |= dict(started_from=dict(checkpoint=str(start), step=done, sha256=file_hash(start)))
-            self.record(script=self.script, args=settings, dataset=None, **sitting)
-
-        for name in self.rows:
-            self.write_table(name)
-        if self.args.track:
-            import wandb
-
-            wandb.init(project="trqam", name=self.path.name, config=settings, sync_tensorboard=True)
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard's own thread fails where the disk is full, and so does then what calls it: that one says so.
-        threading.excepthook = lambda fault: isinstance(fault.exc_value, OSError) or threading.__excepthook__(fault)
-        self.writer = SummaryWriter(str(self.path), purge_step=done + 1 if self.args.resume else None)
-        if not self.resumes:
-            table = "\n".join(f"|{key}|{value}|" for key, value in settings.items())
-            self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{table}")
-
-    def record(self, **facts):
-        """Add facts to config.json."""
-        self.config |= facts
-        write_atomically(self.path / "config.json", json.dumps(self.config, indent=1).encode())
-
-    def load_dataset(self) -> ReplayBuffer:
-        """`load_dataset` with this run's settings; its origin goes into config.json, and both are printed."""
-        args = self.args
-        if args.collect_episodes and not args.dataset_path:
-            dataset_name = split_env_id(args.env_id)[1]
-            transitions = args.collect_episodes * (official_size(dataset_name)[1] - 1)
-            if max(args.batch_size, args.chunk_length) > transitions:
-                raise UserError(
-                    f"--batch-size and --chunk-length must be at most the {transitions} transitions collected"
-                )
-            check_collection(dataset_name, args.dataset_dir)
-            if not collected_path(dataset_name, args.collect_episodes, args.collect_seed, args.dataset_dir).exists():
-                self.open()  # collecting is long; data that is there is read, and checked, before a folder is made
-        dataset, origin = load_dataset(
-            args.env_id,
-            chunk_length=args.chunk_length,
-            gamma=args.gamma,
-            sparse=args.sparse_reward,
-            device=self.device,
-            dataset_path=args.dataset_path,
-            dataset_dir=args.dataset_dir,
-            collect_episodes=args.collect_episodes,
-            collect_seed=args.collect_seed,
-            max_data_gb=args.max_data_gb,
-            rotating=self.checkpoint["dataset"].get("rotating") if self.resumes else None,
-            drawn=self.checkpoint["step"] if self.resumes else 0,
-        )
-        dataset.make_room(getattr(args, "online_steps", 0))
-        if args.batch_size > dataset.size:
-            raise UserError(f"--batch-size {args.batch_size} is larger than the dataset's {dataset.size} transitions")
-        began = self.checkpoint["dataset"] if self.resumes else origin
-        if began["sha256"] != origin["sha256"]:
-            raise UserError(
-                f"--resume: the run began on {describe_dataset(began)}, and this is {describe_dataset(origin)}"
-            )
-        if self.resumes and self.checkpoint.get("replay"):
-            dataset.load(self.path / "replay.bin", self.checkpoint["replay"])
-        self.open()
-        self.record(dataset=origin)
-        print(f"run: {self.path}")
-        print("settings: " + ", ".join(f"{key} {value}" for key, value in self.config["args"].items() if value != ""))
-        if origin["rotating"]:
-            print(f"{len(origin['files'])} files take turns on the device, {dataset.BATCHES_PER_FILE:,} batches each")
-        print(f"data: {describe_dataset(origin)}; the task is done in {origin['success_fraction']:.2%} of its rows")
-        if origin["success_fraction"] == 0:
-            print("note: no row of the data solves this task, so its reward is never the highest; training goes on")
-        return dataset
-
-    def announce(self, stage: str, steps: int, one_update: Callable[[], dict[str, torch.Tensor]]):
-        """Time a few updates and print how long the `steps` that are left will take."""
-        if steps <= 0:
-            return
-        for _ in range(4):  # the last one counts
-            start = time.perf_counter()
-            float(next(iter(one_update().values())))  # reading a statistic waits for the device
-            seconds = time.perf_counter() - start
-        print(
-            f"{stage}: {steps:,} updates, about {duration(steps * seconds)} ({1 / seconds:.1f}/s) without evaluations"
-        )
-
-    def begin(self, step: int, total: int):
-        """Show progress from `step` to `total`; from here on, a first Ctrl-C or SIGTERM only asks to save and stop."""
-        self.step = step
-        self.bar = tqdm(total=total, initial=step, unit="step", desc="training", **PROGRESS)
-        self.last_log = time.perf_counter()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.ask_to_stop)
-
-    def ask_to_stop(self, number: int, frame: Any):
-        """Note a signal, and let the next one end the program at once."""
-        self.stopping = number
-        self.restore_signals()
-        # Not print, which the signal may have interrupted.
-        os.write(2, b"\nstopping after this step, or this evaluation; once more ends at once\n")
-
-    def restore_signals(self):
-        """Ctrl-C or SIGTERM end the program."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.default_int_handler)
-
-    def tick(self, stage: str, step: int, statistics: dict[str, Any], updates: int = 1):
-        """Count one step, `step` of `stage`: an update, or, online, a step in the environment with its updates.
-
-        Records on the device, without waiting for it, the first step at which each statistic was not finite.
-        """
-        self.step += 1
-        self.stage, self.stage_step = stage, step
-        self.steps_since_log += 1
-        self.updates_since_log += updates
-        tensors = {key: value for key, value in statistics.items() if isinstance(value, torch.Tensor)}
-        if tensors:
-            finite = torch.isfinite(torch.stack([*tensors.values()]))  # [n]
-            if self.watched != [*tensors]:
-                self.watched, self.bad_since = [*tensors], torch.full(finite.shape, NEVER, device=finite.device)
-            self.bad_since = torch.where(finite, self.bad_since, self.bad_since.clamp(max=self.step))
-        self.bar.update()
-
-    def check_finite(self, weights: dict[str, torch.Tensor]):
-        """Raise UserError, with its name and step, for the first statistic that was not finite, or else for the first
-        of `weights`. Waits for the device."""
-        steps = self.bad_since.tolist() if self.watched else []
-        finite = torch.stack([torch.isfinite(weight).all() for weight in weights.values()]).tolist() if weights else []
-        bad = next((name for name, fine in zip(weights, finite) if not fine), None)
-        step = self.stage_step
-        if min(steps, default=NEVER) < NEVER:
-            bad = self.watched[steps.index(min(steps))]
-            step -= self.step - min(steps)
-        if bad:
-            raise UserError(f"{bad} is not finite at step {step} of {self.stage}: training diverged; {self.way_out()}")
-
-    def way_out(self) -> str:
-        """What to do after something was not finite, in words."""
-        kept = self.path / CHECKPOINTS[0]
-        before = f"{kept} is" if kept.exists() else "no checkpoint is"
-        return f"try a lower --learning-rate in a new run ({before} from before it)"
-
-    def log(self, statistics: dict[str, Any]):
-        """Write a row of train.csv, and to TensorBoard, for the newest step. Waits for the device."""
-        self.check_finite({})
-        row = {key: float(value) for key, value in statistics.items()}
-        seconds = time.perf_counter() - self.last_log
-        row["charts/SPS"] = self.steps_since_log / seconds
-        if "charts/environment_SPS" in row:
-            seconds -= self.steps_since_log / row["charts/environment_SPS"]
-            row["charts/update_SPS"] = self.updates_since_log / seconds
-        for key, value in row.items():
-            self.writer.add_scalar(key, value, self.step)
-        self.append("train.csv", {"stage": self.stage, "step": self.stage_step, **row})
-        self.last_log, self.steps_since_log, self.updates_since_log = time.perf_counter(), 0, 0
-
-    def evaluate(
-        self, stage: str, step: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> dict[str, float]:
-        """Evaluate a policy (see `Evaluator`), write a row of eval.csv and redraw the learning curve."""
-        paused = time.perf_counter()
-        self.check_finite({})
-        if self.evaluator is None:
-            self.start_evaluator()
-        try:
-            scores = self.evaluator.evaluate(policy, self.args.best_of_n)
-        except NotFinite as error:
-            raise NotFinite(f"at step {step} of {stage}, {error}") from error
-        self.append("eval.csv", {"stage": stage, "step": step, **{key: scores[key] for key in EVAL_COLUMNS[2:]}})
-        for key, value in scores.items():
-            self.writer.add_scalar(
-                f"charts/{key}" if key.startswith("success") else f"charts/episodic_{key}", value, self.step
-            )
-        self.bar.set_postfix(success=f"{scores['success']:.2f}")
-        self.draw()
-        self.last_log += time.perf_counter() - paused  # updates per second leave evaluations out
-        return scores
-
-    def start_evaluator(self):
-        args = self.args
-        self.evaluator = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed, self.noise_dim)
-
-    def append(self, name: str, row: dict[str, Any]):
-        """Add a row to a table; a column it has not had before is added to the earlier rows too, empty."""
-        new = [key for key in row if key not in self.columns[name]]
-        self.columns[name] += new
-        self.rows[name].append({key: str(value) for key, value in row.items()})
-        if new:
-            self.write_table(name)
-            return
-        try:
-            with open(self.path / name, "a", newline="") as file:
-                file.write(csv_text(self.columns[name], self.rows[name][-1:], header=False))
-        except OSError as error:
-            raise UserError(
-                f"{self.path / name} could not be written ({error.strerror}); --resume goes on from the checkpoint"
-            ) from error
-
-    def write_table(self, name: str):
-        write_atomically(self.path / name, csv_text(self.columns[name], self.rows[name]).encode())
-
-    def save(self, **state):
-        """Write checkpoint.pt: `state`, which `self.checkpoint` gives back after a restart, and what the logs need.
-
-        Ends the program where a signal asked for that.
-        """
-        self.check_finite(state["agent"])
-        buffer = io.BytesIO()
-        rows = {name: len(rows) for name, rows in self.rows.items()}
-        torch.save(
-            dict(
-                kind=self.script,
-                sizes=self.sizes,
-                args=stored_settings(self.args),
-                step=self.step,
-                device=self.device.type,
-                rows=rows,
-                seconds=self.elapsed(),
-                dataset=self.config["dataset"],
-                **state,
-            ),
-            buffer,
-        )
-        newest, previous = (self.path / name for name in CHECKPOINTS)
-        write_atomically(newest, buffer.getvalue(), previous)
-        if self.stopping:
-            sys.exit(128 + self.stopping)
-
-    def save_bc(self, actor_slow: dict[str, torch.Tensor]):
-        """Write bc_checkpoint.pt: the behaviour-cloned policy, for all tasks of the domain and all scripts."""
-        self.check_finite(actor_slow)
-        buffer = io.BytesIO()
-        torch.save(
-            dict(kind="bc", sizes=self.sizes, steps=self.step, dataset=self.config["dataset"], actor_slow=actor_slow),
-            buffer,
-        )
-        write_atomically(self.path / "bc_checkpoint.pt", buffer.getvalue())
-
-    def elapsed(self) -> float:
-        """Seconds this run has taken, all sittings together."""
-        return self.seconds + time.perf_counter() - self.started
-
-    def draw(self):
-        """learning_curve.png, over fine-tuning: success, path KL (against its budget, where there is one), and lambda,
-        where it moves."""
-        from matplotlib.figure import Figure
-
-        evals, train = ([row for row in self.rows[name] if row["stage"] != "bc"] for name in ("eval.csv", "train.csv"))
-        prior = [row for row in self.rows["eval.csv"] if row["stage"] == "bc"][-1:]
-        moves = any(row.get("trust_region/lambda") for row in train)
-        figure = Figure(figsize=(13, 3.6), layout="constrained")
-        success, kl, *lam = axes = figure.subplots(1, 2 + moves)
-        online_from = self.args.offline_steps
-        steps_of = lambda rows: [int(row["step"]) + online_from * (row["stage"] == "online") for row in rows]
-        x = [0] * len(prior) + steps_of(evals)
-        y, e = (np.array([float(row[key]) for row in prior + evals]) for key in ("success", "success_stderr"))
-        method = "QAM-E" if getattr(self.args, "edit_scale", 0) else self.script.split("_")[0].upper()
-        success.plot(x, y, marker="o", ms=3, label=method)
-        success.fill_between(x, y - e, y + e, alpha=0.25, lw=0)
-        if prior:
-            success.axhline(float(prior[-1]["success"]), color="0.4", ls="--", label="behaviour cloning")
-        success.set(title=f"success, {self.args.eval_episodes} episodes (band: standard error)", ylim=(-0.03, 1.03))
-        for axis, key, style in (
-            (kl, "path_kl", dict(color="C0", lw=0.8, alpha=0.4, label="realised, single batches")),
-            (kl, "path_kl_ema", dict(color="C0", label="realised (average)")),
-            (kl, "closed_form_kl", dict(color="C2", lw=0.8, label="closed form")),
-            (kl, "kl_budget", dict(color="C3", ls="--", label="budget")),
-            *((axis, "lambda", dict(color="C1")) for axis in lam),
-        ):
-            logged = [row for row in train if row.get(f"trust_region/{key}")]
-            if logged:
-                axis.plot(steps_of(logged), [float(row[f"trust_region/{key}"]) for row in logged], **style)
-        kl.set(title="path-space KL to the prior, nats per action", yscale="log")
-        for axis in lam:
-            axis.set(title="lambda", yscale="log")
-        for axis in axes:
-            if axis.get_legend_handles_labels()[1]:
-                axis.legend(fontsize=8)
-            if any(row["stage"] == "online" for row in train + evals):
-                axis.axvline(online_from, color="0.4", ls=":")
-                axis.annotate(" online", (online_from, 0.01), xycoords=("data", "axes fraction"), fontsize=8)
-            axis.set_xlabel("fine-tuning steps")
-            axis.grid(alpha=0.3)
-        figure.suptitle(
-            f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.config['dataset'])}", fontsize=9
-        )
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        write_atomically(self.path / "learning_curve.png", buffer.getvalue())
-
-    def finish(self, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
-        """Film the last evaluation, if asked for, and print what the run came to."""
-        self.restore_signals()
-        self.bar.close()
-        if self.args.capture_video:
-            if self.evaluator is None:  # resumed after its last evaluation
-                self.start_evaluator()
-                self.evaluator.evaluate(policy, self.args.best_of_n)
-            self.evaluator.film(self.path / "videos")
-        print(f"\n{self.args.env_id}, seed {self.args.seed}; {describe_dataset(self.config['dataset'])}")
-        print(f"{'':24}{'success':>16}{'return':>10}{'length':>9}")
-        last = {row["stage"]: row for row in self.rows["eval.csv"]}  # of each stage
-        for row in last.values():
-            label = "behaviour cloning" if row["stage"] == "bc" else f"{row['stage']} {int(row['step']):,}"
-            score = f"{float(row['success']):.2f} ± {float(row['success_stderr']):.2f}"
-            print(f"{label:24}{score:>16}{float(row['return']):>10.1f}{float(row['length']):>9.1f}")
-        newest = next((row for row in self.rows["train.csv"][::-1] if row.get("trust_region/path_kl")), {})
-        value = lambda key: float(newest[f"trust_region/{key}"])
-        if newest.get("trust_region/kl_budget"):
-            budget, lam = value("kl_budget"), value("lambda")
-            print(f"path KL {value('path_kl_ema'):.3f} (average) against a budget of {budget:.3f}; lambda {lam:.3f}")
-        elif newest:
-            print(f"path KL {value('path_kl'):.3f} in the last batch; nothing bounds it")
-        online = [row for row in self.rows["train.csv"] if row.get("charts/environment_SPS")]
-        if online:
-            environment, updates = (
-                f"{float(online[-1][f'charts/{key}_SPS']):.1f}" for key in ("environment", "update")
-            )
-            print(
-                f"online: {environment} steps/s in the environment alone, {updates} updates/s in the rest of the time"
-            )
-        print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
-
-
-def evaluate_checkpoint(args: Any, noise_dim: int, policy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
-    """Evaluate a finished policy and print the result; with args.capture_video, film it beside its checkpoint."""
-    evaluator, finished = Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed, noise_dim), False
-    try:
-        scores = evaluator.evaluate(policy, args.best_of_n)
-        words = ", ".join(
-            f"{key} {scores[key]:.3f} ± {scores[key + '_stderr']:.3f}" for key in ("success", "return", "length")
-        )
-        print(f"{args.env_id}, {scores['episodes']} episodes: {words}")
-        if args.capture_video:
-            evaluator.film(Path(args.checkpoint).parent / "videos")
-        finished = True
-    except NotFinite as error:
-        raise UserError(f"--checkpoint: {args.checkpoint}: {error}; use another") from error
-    finally:
-        evaluator.close(at_once=not finished)
-
-
-def csv_text(columns: list[str], rows: Iterable[dict[str, Any]], header: bool = True) -> str:
-    """Rows as csv; a column that a row lacks stays empty."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    if header:
-        table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
-
-
-def read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """(columns, rows) of a table; both empty where there is none."""
-    try:
-        table = csv.DictReader(io.StringIO(path.read_text() if path.is_file() else ""))
-        return list(table.fieldnames or []), list(table)
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({error}); start a new run in another folder") from error
-
-
-def is_row(row: dict[str, str], needed: Iterable[str]) -> bool:
-    """Whether a table's row has a stage, these numbers, and nothing else but numbers."""
-    try:
-        numbers = [*needed, *(key for key in row if key != "stage" and row[key])]
-        return (
-            bool(row["stage"])
-            and row["step"].isdigit()
-            and int(row["step"]) < NEVER
-            and all(math.isfinite(float(row[key])) or key.endswith("stderr") for key in numbers)
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
-
-
-def duration(seconds: float) -> str:
-    """In words, in the unit that fits."""
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} minutes"
-
-
-def git_commit() -> str | None:
-    """Commit of the code that runs, with "+changes" where the tree differs from it; None outside a git checkout."""
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True
-    )
-    try:
-        commit = git("rev-parse", "HEAD").stdout.strip()
-        return commit and commit + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "") or None
-    except OSError:
-        return None
+def worker_context(method: str = "forkserver"):
+    """How worker processes start: from a small server that imported this module and OGBench and never
+    touched the GPU, or spawned; in either case without running the user's own program again."""
+    context = multiprocessing.get_context(method)
+    known = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    own = {"PYTHONPATH": os.pathsep.join(known)}
+    own |= {"MUJOCO_GL": "disable"} if method == "forkserver" else {}  # see `import_ogbench`
+    # By these two names a worker would find the program that started it, and run it.
+    unnamed = patch.dict(vars(sys.modules["__main__"]), __file__=None, __spec__=None)
+    with patch.dict(os.environ, own), unnamed:
+        if method == "forkserver":
+            context.set_forkserver_preload(["common", "ogbench"])
+            multiprocessing.forkserver.ensure_running()
+        yield context
+
+
+def follow_the_parent():
+    """In a worker process: leave Ctrl-C, which reaches all processes at once, to the parent, and end
+    when that ends, even if it is killed."""
+    parent = multiprocessing.parent_process()
+    if parent and not getattr(parent, "is_followed", False):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        parent.is_followed = True
+
+
+def cores() -> int:
+    """Cores that this process may use, by its affinity and its container's limit."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        allowed = min(allowed, math.ceil(int(quota) / int(period)))
+    return max(1, allowed)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_commit(program: Any = None) -> str | None:
+    """Commit of the code that runs, with "+changes" where its tree differs from it or does not hold
+    the module `program`; None outside a git checkout."""
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    with contextlib.suppress(OSError):
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        changes = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
+        file = os.path.abspath(getattr(program, "__file__", None) or __file__)
+        foreign = git(["git", "ls-files", "--error-unmatch", file]).returncode
+        return commit + "+changes" * bool(changes or foreign) if commit else None
 
 
 def cpu_name() -> str:
     """The processor's model, as far as the system tells."""
-    try:
+    with contextlib.suppress(OSError, TypeError):
         return re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()

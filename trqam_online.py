@@ -1,27 +1,30 @@
 """TRQAM, Trust Region Q Adjoint Matching, offline-to-online: the whole algorithm, in this one file.
 
-A flow policy is a velocity field v(s, x, t) that carries noise x at t = 0 to an action at t = 1. It is pretrained by
-behaviour cloning, and goes on being cloned: that is the prior. TRQAM fine-tunes a copy of it towards actions of higher
-Q without leaving what the prior knows, first on a dataset, then in the environment, whose transitions join it:
+A flow policy is a velocity field v(s, x, t) that carries noise x at t = 0 to an action at t = 1. It
+is pretrained by behaviour cloning, and goes on being cloned: that is the prior. TRQAM fine-tunes a
+copy of it towards actions of higher Q without leaving what the prior knows, first on a dataset,
+then in the environment, whose transitions join it:
 
-1. roll the copy out as a memoryless SDE, from noise to an action                                memoryless_rollout
-2. carry the critic's action gradient back along that path, through the *prior's* drift alone    lean_adjoint
-3. regress the velocity onto what this adjoint asks for: no gradient runs through the sampler    adjoint_matching_loss
-4. measure how far the paths have moved from the prior's, as a path-space KL                     path_kl
-5. move the temperature lambda so that this KL stays at its budget                               dual_descent
-6. online, act with the copy: each environment step adds a transition,                           online_step
-   and is followed by updates                                                               make_train_step, main
+1. roll the copy out as a memoryless SDE, from noise to an action              memoryless_rollout
+2. carry the critic's action gradient back along that path, through the        lean_adjoint
+   *prior's* drift alone
+3. regress the velocity onto what this adjoint asks for: no gradient runs      adjoint_matching_loss
+   through the sampler
+4. measure how far the paths have moved from the prior's, as a path-space KL   path_kl
+5. move the temperature lambda so that this KL stays at its budget             dual_descent
+6. online, act with the copy: each environment step adds a transition, and is  online_step
+   followed by updates
 
-    python trqam_online.py quick                                        # a small task on a laptop: all stages
-    python trqam_online.py --checkpoint runs/NAME/checkpoint.pt         # go online from a run of trqam_offline.py
-    python trqam_online.py --env-id ENV_ID --bc-checkpoint runs/NAME/bc_checkpoint.pt    # from a cloned policy alone
+`losses` and `update` are one such update; `main` is the algorithm box.
 
-Papers: TRQAM, Dong et al., 2026, arXiv 2605.27079; QAM, Li and Levine, 2026, arXiv 2601.14234; Adjoint Matching,
-Domingo-Enrich et al., 2024, arXiv 2409.08861. The numbers (E1) to (E12) are those of docs/algorithm.md.
+    python trqam_online.py quick                                  # a small task on a laptop
+    python trqam_online.py --checkpoint runs/NAME/checkpoint.pt   # from a run of trqam_offline.py
+    python trqam_online.py --env-id ENV_ID --bc-checkpoint runs/NAME/bc_checkpoint.pt
 
-Shapes: B batch, O observation, d one action, c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps.
-Time runs over t_k = k*h, h = 1/K. common.py holds data, evaluation and run files, and nothing of the algorithm.
-What several scripts hold is the same in each to the letter, so a diff of two is their algorithms' difference alone.
+Papers: TRQAM, arXiv 2605.27079; QAM, arXiv 2601.14234; Adjoint Matching, arXiv 2409.08861. The
+numbers (E1) to (E12) are those of docs/algorithm.md. Shapes: B batch, O observation, d one action,
+c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps of h = 1/K from t_0 = 0.
+What several scripts hold is the same in each to the letter: a diff of two shows what differs.
 """
 
 import copy
@@ -29,129 +32,95 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 import common
+from common import Fraction, NotNegative, Positive
 
 
 @dataclass
-class Args:
-    preset: tyro.conf.Positional[Literal["full", "quick"]] = "full"
-    """`full`: full size, with the settings of the environment's domain; `quick`: a small task and network"""
-    env_id: str = "scene-play-singletask-task1-v0"
-    """OGBench single-task environment, with the dataset's type in its name"""
-    seed: int = 0
-    """seed of the networks, batches, noise and evaluation episodes"""
-    run_dir: str = ""
-    """folder of the run's files; default runs/{env_id}__{script}__{seed}__{time}"""
-    resume: bool = False
-    """continue the run in --run-dir from its checkpoint, with the settings stored there"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to train; `auto` takes the GPU when there is one"""
-    num_threads: int = 0
-    """CPU threads of torch; 0: as many as torch chooses"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """make the update's losses one compiled graph; `auto`: where the run is long enough to win the time back"""
-    cuda_graph: bool = True
-    """on a GPU, record what an update launches, once, and from then on launch all of it together"""
-    tf32: bool = False
-    """on a GPU, multiply float32 matrices in TF32: faster, with 10 bits of mantissa"""
-    dataset_path: str = ""
-    """an OGBench .npz file, or a folder of them, to train on instead of the official file"""
-    max_data_gb: float = 0.0
-    """GiB of data on the device at once: several files beyond it take turns, 1,000 updates each; 0: what is free"""
-    dataset_dir: str = "~/.ogbench/data"
-    """where official files are kept or downloaded to, and collected ones written"""
-    collect_episodes: int = 0
-    """> 0: train on this many episodes collected here with OGBench's own scripted oracle; 0: on the official file"""
-    collect_seed: int = 0
-    """seed of the collected dataset"""
-    bc_checkpoint: str = ""
-    """a bc_checkpoint.pt, or the authors' params_*.pkl; skips behaviour cloning, and offline too, if not asked for"""
-    eval_only: bool = False
-    """evaluate --checkpoint (and film it, with --capture-video) instead of training"""
-    checkpoint: str = ""
-    """a checkpoint.pt of trqam_offline.py, whose run, and settings, go on here; with --eval-only, one of this script"""
-    eval_interval: int = 50_000
-    """fine-tuning steps between evaluations"""
-    eval_episodes: int = 50
-    """episodes of one evaluation"""
-    log_interval: int = 1_000
-    """steps between rows of train.csv"""
-    checkpoint_interval: int = 10_000
-    """steps between checkpoints; one is also written at each evaluation"""
-    capture_video: bool = False
-    """film the first episodes of the last evaluation (mp4; needs EGL)"""
-    track: bool = False
-    """log to Weights & Biases as well (needs `pip install wandb`)"""
-
-    # Algorithm specific arguments
-    bc_steps: int = 300_000
+class Args(common.RunArgs):
+    # Stages
+    bc_steps: Annotated[int, NotNegative] = 300_000
     """updates of the behaviour-cloning stage"""
-    offline_steps: int = 1_000_000
+    offline_steps: Annotated[int, NotNegative] = 1_000_000
     """updates of the offline fine-tuning stage"""
-    online_steps: int = 500_000
+    online_steps: Annotated[int, NotNegative] = 500_000
     """environment steps of the online stage"""
-    learning_starts: int = 5_000
+    learning_starts: Annotated[int, NotNegative] = 5_000
     """online steps that only collect, before updates begin"""
-    utd_ratio: int = 1
+    utd_ratio: Annotated[int, Positive] = 1
     """updates for each online step"""
     balanced_sampling: bool = False
-    """online, draw half of each batch from the dataset and half from what was collected; else uniformly from both"""
-    batch_size: int = 256
+    """online, draw half of each batch from the dataset and half from what was collected"""
+
+    # Algorithm specific arguments
+    batch_size: Annotated[int, Positive] = 256
     """chunks in a batch, B"""
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, Positive] = 3e-4
     """learning rate of Adam, for all networks"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Positive] = 1.0
     """global norm to which the gradient of all networks together is clipped"""
-    gamma: float = 0.995
+    gamma: Annotated[float, Fraction] = 0.995
     """discount per environment step"""
-    tau: float = 0.005
+    tau: Annotated[float, Fraction] = 0.005
     """rate at which target networks follow the online ones"""
-    chunk_length: int = 5
+    chunk_length: Annotated[int, Positive] = 5
     """actions predicted and executed at once, c"""
     sparse_reward: bool = False
     """train on reward -1 wherever the environment's is not 0"""
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    hidden_dims: Annotated[tuple[int, ...], Positive] = (512, 512, 512, 512)
     """widths of the hidden layers of every network"""
     actor_layer_norm: bool = False
     """LayerNorm in the velocity fields too (critics always have it)"""
-    num_critics: int = 10
+    num_critics: Annotated[int, Positive] = 10
     """members of the critic ensemble, E"""
-    rho: float = 0.5
+    rho: Annotated[float, NotNegative] = 0.5
     """pessimism: the target is the ensemble's mean minus rho times its standard deviation"""
-    flow_steps: int = 10
+    flow_steps: Annotated[int, Positive] = 10
     """Euler steps from noise to an action, K"""
-    best_of_n: int = 1
+    best_of_n: Annotated[int, Positive] = 1
     """action chunks drawn when acting; the one of highest mean Q is executed"""
-    kl_budget: float = 1.0
+    kl_budget: Annotated[float, Positive] = 1.0
     """path-space KL to the prior allowed per action of a chunk, epsilon_KL, in nats"""
-    kl_budget_online: float = 0.0
+    kl_budget_online: Annotated[float, NotNegative] = 0.0
     """the same for the online stage; 0: as offline"""
-    lam_scale: float = 3.0
+    lam_scale: Annotated[float, Positive] = 3.0
     """the control problem's temperature is lam_scale * lambda"""
-    eta_lambda: float = 0.01
+    eta_lambda: Annotated[float, NotNegative] = 0.01
     """step size of the dual descent on lambda"""
-    kl_ema_coef: float = 0.1
+    kl_ema_coef: Annotated[float, Fraction] = 0.1
     """weight of the newest KL in its running average"""
-    kl_clip_coef: float = 2.0
+    kl_clip_coef: Annotated[float, Positive] = 2.0
     """a single KL counts for at most this many budgets in the average"""
-    lambda_min: float = 0.01
+    lambda_min: Annotated[float, Positive] = 0.01
     """lower end of lambda's range"""
-    lambda_max: float = 100.0
+    lambda_max: Annotated[float, Positive] = 100.0
     """upper end of lambda's range"""
+
+    starts_from = "trqam_offline"  # the script whose checkpoints can go on in this one
+
+    def check(self):
+        super().check()
+        common.require(self.lambda_min <= self.lambda_max, "--lambda-min is above --lambda-max")
+        common.require(
+            not 0 < self.online_steps <= self.learning_starts,
+            "--learning-starts leaves no update in --online-steps: lower it",
+        )
+        common.require(
+            self.learning_starts >= self.chunk_length or not self.balanced_sampling,
+            "--balanced-sampling needs --learning-starts of at least --chunk-length",
+        )
 
 
 WIDE = dict(hidden_dims=(1024,) * 4, actor_layer_norm=True)
-DOMAINS = {  # what differs from the defaults above; every flag given on the command line wins over it
+DOMAINS = {  # what differs from the defaults above; every flag on the command line wins over it
     "scene-play": dict(sparse_reward=True),
     "puzzle-3x3-play": dict(sparse_reward=True),
     "puzzle-4x4-play": dict(sparse_reward=True, **WIDE),
@@ -165,17 +134,166 @@ DOMAINS = {  # what differs from the defaults above; every flag given on the com
 }
 QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
-    bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100, checkpoint_interval=1_000,
-    learning_rate=1e-3, gamma=0.98, tau=0.02, hidden_dims=(128,) * 4, num_critics=2, flow_steps=5,
-    kl_budget=0.2, online_steps=4_000, learning_starts=500, balanced_sampling=True,
-)  # fmt: skip
+    bc_steps=8_000, offline_steps=4_000, eval_interval=1_000, log_interval=100,
+    checkpoint_interval=1_000, learning_rate=1e-3, gamma=0.98, tau=0.02,
+    hidden_dims=(128,) * 4, num_critics=2, flow_steps=5, kl_budget=0.2,
+    online_steps=4_000, learning_starts=500, balanced_sampling=True,
+)
 
 
-# ---------------------------------------------------------------------------------------------------------- networks
+def settings(args: Args) -> dict:
+    """What the environment's domain and the preset set, where no flag does."""
+    chosen = dict(DOMAINS.get(common.domain_of(args.env_id), {}))
+    if args.preset == "quick":
+        chosen |= QUICK
+    if args.bc_checkpoint:
+        chosen |= dict(offline_steps=0)
+    return chosen
+
+
+# -------------------------------------------------------------------------------- the mathematics
+# Functions of tensors and of two callables: a velocity v(observation, x, t) -> like x, and a critic
+# Q(observation, action) -> [E, B]. x is [B, A] at a number t, or [K, B, A] at t [K, 1, 1]. What is
+# not differentiated here is called under `torch.no_grad()`: see `losses`.
+Velocity = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+
+
+def ode_sample(velocity: Velocity, observation: Tensor, x: Tensor, flow_steps: int) -> Tensor:
+    """(E1) The policy's action: K Euler steps from noise x [B, A] at observation [B, O] -> [B, A],
+    clipped to [-1, 1]."""
+    h = 1 / flow_steps
+    for k in range(flow_steps):
+        x = x + h * velocity(observation, x, k * h)
+    return x.clamp(-1, 1)
+
+
+def critic_target(next_q: Tensor, reward: Tensor, mask: Tensor, discount: float, rho: float):
+    """(E2) y = R + gamma^c m Q', Q' = mean_e Q^e(s', a') - rho std_e Q^e(s', a') of the target
+    critics, from next_q [E, B], reward and mask [B], and discount gamma^c -> [B]."""
+    return reward + discount * mask * (next_q.mean(0) - rho * next_q.std(0, correction=0))
+
+
+def critic_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """(E3) L_Q = mean_{e,b} valid (Q^e(s, a) - y)^2, from q [E, B], target [B], valid [B]."""
+    return (valid * (q - target) ** 2).mean()
+
+
+def bc_loss(velocity: Velocity, observation: Tensor, action: Tensor, valid: Tensor, x0: Tensor,
+            t: Tensor) -> Tensor:
+    """(E4) Flow matching: L_BC = mean_b valid mean_A (v(s, (1-t) x0 + t a, t) - (a - x0))^2, from
+    action and x0 [B, A], valid [B], t [B, 1]."""
+    x_t = (1 - t) * x0 + t * action  # [B, A]
+    error = velocity(observation, x_t, t) - (action - x0)  # [B, A]
+    return (valid * (error**2).mean(-1)).mean()
+
+
+def memoryless_g2(t: float | Tensor, h: float) -> float | Tensor:
+    """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which a path's end forgets its
+    beginning. In continuous time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0 and
+    positive at the last step."""
+    return 2 * (1 - t + h) / (t + h)
+
+
+def memoryless_rollout(velocity: Velocity, base: Velocity, observation: Tensor, x: Tensor,
+                       noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(E6) Paths of the memoryless SDE from x [B, A], with noise [K, B, A] -> x_0 ... x_{K-1}
+    [K, B, A] and x_K [B, A], not clipped. The last step is a noiseless one of the base."""
+    h = 1 / len(noise)
+    xs = [x]
+    for k in range(len(noise) - 1):
+        t = k * h
+        drift = 2 * velocity(observation, x, t) - x / (t + h)
+        x = x + h * drift + math.sqrt(h * memoryless_g2(t, h)) * noise[k]
+        xs.append(x)
+    return torch.stack(xs), x + h * base(observation, x, 1 - h)
+
+
+def terminal_adjoint(critic: Callable, observation: Tensor, x: Tensor) -> Tensor:
+    """(E7) adjoint_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A].
+    Not pessimistic. A number of x beyond [-1, 1] is clipped, and so gets no gradient: with paths
+    that end far out, most of the adjoint is 0. Raises ValueError where the critic does not give
+    [E, B]: the mean over a lone [B] would divide each sample's gradient by B."""
+
+    def cost(x: Tensor) -> Tensor:
+        q = critic(observation, x.clamp(-1, 1))
+        if q.shape[1:] != x.shape[:1]:
+            raise ValueError(f"the critic must give [E, B], here [E, {len(x)}], not {[*q.shape]}")
+        return -q.mean(0).sum()
+
+    return torch.func.grad(cost)(x)
+
+
+def lean_adjoint(base: Velocity, observation: Tensor, xs: Tensor, adjoint: Tensor) -> Tensor:
+    """(E8) adjoint_k = adjoint_{k+1} + h (db_k/dx)^T adjoint_{k+1}, with the base's drift
+    b_k(x) = 2 v_base(s, x, t_k + h) - x / (t_k + h), backwards from adjoint_K [B, A] along xs
+    [K, B, A] -> k = 0 ... K-1 [K, B, A]. "Lean": only the base's Jacobian enters. The base is taken
+    at t_k + h, not at t_k, and at k = K-1 as if that step had noise, as the authors do."""
+    h = 1 / len(xs)
+    adjoints = []
+    for k in reversed(range(len(xs))):
+        t_next = (k + 1) * h
+        _, vjp = torch.func.vjp(functools.partial(base, observation, t=t_next), xs[k])
+        adjoint = adjoint + h * (2 * vjp(adjoint)[0] - adjoint / t_next)
+        adjoints.append(adjoint)
+    return torch.stack(adjoints[::-1])
+
+
+def flow_times(paths: Tensor) -> Tensor:
+    """t_k = k h for paths [K, B, A] -> [K, 1, 1]."""
+    steps = torch.arange(len(paths), dtype=paths.dtype, device=paths.device)
+    return steps[:, None, None] / len(paths)
+
+
+def velocity_difference(velocity: Velocity, base: Velocity, observation: Tensor, xs: Tensor):
+    """(E9) Delta_k = v_policy(s, x_k, t_k) - v_base(s, x_k, t_k) on paths xs [K, B, A], with the
+    gradient through v_policy alone -> [K, B, A]."""
+    observation = observation.expand(len(xs), -1, -1)  # [K, B, O]
+    with torch.no_grad():
+        base_velocity = base(observation, xs, flow_times(xs))
+    return velocity(observation, xs, flow_times(xs)) - base_velocity
+
+
+def adjoint_matching_loss(delta: Tensor, adjoints: Tensor, temperature: Tensor | float) -> Tensor:
+    """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k adjoint_k||^2, with sigma_k =
+    g_k / sqrt(temperature), from delta and adjoints [K, B, A]. Its minimum is
+    Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
+    sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
+    return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
+
+
+def path_kl(delta: Tensor, chunk_length: int) -> Tensor:
+    """(E11) Theorem 1, discretised: KL = (1/c) mean_b sum_k (2h / g_k^2) ||Delta_k||^2, in nats per
+    action, from delta [K, B, A]."""
+    h = 1 / len(delta)
+    cost = (2 * h / memoryless_g2(flow_times(delta), h) * delta**2).sum(dim=(0, 2))  # [B]
+    return cost.mean() / chunk_length
+
+
+def closed_form_kl(adjoints: Tensor, temperature: Tensor | float, chunk_length: int) -> Tensor:
+    """(E11) at the minimum of (E10), from adjoints [K, B, A]:
+    KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||adjoint_k||^2 / (2 temperature^2)."""
+    h = 1 / len(adjoints)
+    cost = (h * memoryless_g2(flow_times(adjoints), h) * adjoints**2).sum(dim=(0, 2)).mean()
+    return cost / (2 * temperature**2) / chunk_length
+
+
+def dual_descent(lam: Tensor, kl_ema: Tensor, kl: Tensor, kl_budget: Tensor | float,
+                 eta_lambda: float = 0.01, kl_ema_coef: float = 0.1, kl_clip_coef: float = 2.0,
+                 lambda_min: float = 0.01, lambda_max: float = 100.0):
+    """(E12) D <- (1 - kappa) D + kappa min(KL, clip epsilon), lambda <- clip(lambda + eta (D -
+    epsilon)), on scalar tensors lam and kl_ema, in place: a recorded graph reads and writes there.
+    Under `torch.no_grad()`."""
+    kl_ema.lerp_(kl.clamp(max=kl_clip_coef * kl_budget), kl_ema_coef)
+    lam.add_(eta_lambda * (kl_ema - kl_budget)).clamp_(lambda_min, lambda_max)
+
+
+# ---------------------------------------------------------------------------------------- networks
 class VelocityField(nn.Module):
-    """v(s, x, t), the flow policy: an MLP on [s, x, t]; tanh-GELU (and LayerNorm, if asked for), output unbounded."""
+    """v(s, x, t), the flow policy: an MLP on [s, x, t]; tanh-GELU (and LayerNorm, if asked for),
+    output unbounded."""
 
-    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...], layer_norm: bool):
+    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...],
+                 layer_norm: bool):
         super().__init__()
         layers, width = [], observation_dim + chunk_dim + 1
         for hidden_dim in hidden_dims:
@@ -189,15 +307,17 @@ class VelocityField(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, observation: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
-        """observation [..., O], x [..., A], t in [0, 1] (a number or [..., 1]) -> velocity [..., A]."""
+        """observation [..., O], x [..., A], t in [0, 1] (a number or [..., 1]) -> [..., A]."""
         t = torch.zeros_like(x[..., :1]) + t  # [..., 1]
         return self.net(torch.cat([observation, x, t], dim=-1))
 
 
 class Critic(nn.Module):
-    """Q^e(s, a) for e = 1 ... E: independent MLPs on [s, a], tanh-GELU then LayerNorm, with their weights stacked."""
+    """Q^e(s, a) for e = 1 ... E: independent MLPs on [s, a], tanh-GELU then LayerNorm, with their
+    weights stacked."""
 
-    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...], num_critics: int):
+    def __init__(self, observation_dim: int, chunk_dim: int, hidden_dims: tuple[int, ...],
+                 num_critics: int):
         super().__init__()
         self.num_critics = num_critics
         widths = [observation_dim + chunk_dim, *hidden_dims, 1]
@@ -205,49 +325,55 @@ class Critic(nn.Module):
         for kernel in kernels:
             for member in kernel:
                 nn.init.xavier_uniform_(member)
+        zeros, ones = (functools.partial(new, num_critics, 1) for new in (torch.zeros, torch.ones))
         self.kernels = nn.ParameterList(kernels)  # [E, in, out] each
-        self.biases = nn.ParameterList(torch.zeros(num_critics, 1, width) for width in widths[1:])
-        self.norm_scales = nn.ParameterList(torch.ones(num_critics, 1, width) for width in hidden_dims)
-        self.norm_biases = nn.ParameterList(torch.zeros(num_critics, 1, width) for width in hidden_dims)
+        self.biases = nn.ParameterList(zeros(width) for width in widths[1:])  # [E, 1, out]
+        self.norm_scales = nn.ParameterList(ones(width) for width in hidden_dims)
+        self.norm_biases = nn.ParameterList(zeros(width) for width in hidden_dims)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """observation [B, O], action chunk [B, A] -> Q [E, B]."""
-        x = torch.cat([observation, action], dim=-1).expand(self.num_critics, -1, -1)  # [E, B, O + A]
+        x = torch.cat([observation, action], dim=-1).expand(self.num_critics, -1, -1)  # [E, B, in]
         *hidden, (last_kernel, last_bias) = zip(self.kernels, self.biases)
-        for (kernel, bias), norm_scale, norm_bias in zip(hidden, self.norm_scales, self.norm_biases):
+        for (kernel, bias), scale, shift in zip(hidden, self.norm_scales, self.norm_biases):
             x = F.gelu(torch.baddbmm(bias, x, kernel), approximate="tanh")  # [E, B, width]
-            x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * norm_scale + norm_bias
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + shift
         return torch.baddbmm(last_bias, x, last_kernel).squeeze(-1)
 
 
 class Agent(nn.Module):
-    """The networks and the two numbers of the dual descent, all of which a checkpoint holds."""
+    """The networks and the numbers of the dual descent."""
 
     def __init__(self, observation_dim: int, chunk_dim: int, args: Args):
         super().__init__()
-        self.critic = Critic(observation_dim, chunk_dim, args.hidden_dims, args.num_critics)
+        dims = observation_dim, chunk_dim, args.hidden_dims
+        self.critic = Critic(*dims, args.num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # v_slow, cloned all along; v_base, its moving average: the prior; v_fast, the fine-tuned policy: what acts
-        self.actor_slow = VelocityField(observation_dim, chunk_dim, args.hidden_dims, args.actor_layer_norm)
-        self.target_actor_slow = copy.deepcopy(self.actor_slow).requires_grad_(False)
-        self.actor_fast = copy.deepcopy(self.actor_slow)
+        # The clone is trained by cloning all along. The base, its moving average, is the prior.
+        # The policy is the fine-tuned copy: what acts.
+        self.clone = VelocityField(*dims, args.actor_layer_norm)
+        self.base = copy.deepcopy(self.clone).requires_grad_(False)
+        self.policy = copy.deepcopy(self.clone)
         self.noise_dim = chunk_dim  # normal numbers behind one action chunk of the policy
         self.register_buffer("lam", torch.tensor(1.0))  # lambda
         self.register_buffer("kl_ema", torch.tensor(0.0))  # D
+        # epsilon_KL: a tensor too, so that it can change under a recorded graph.
+        self.register_buffer("kl_budget", torch.tensor(args.kl_budget), persistent=False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def start_from_clone(self):
-        """The base and the fine-tuned policy begin as the behaviour-cloned one."""
-        self.target_actor_slow.load_state_dict(self.actor_slow.state_dict())
-        self.actor_fast.load_state_dict(self.actor_slow.state_dict())
+        """The base and the policy begin as the clone."""
+        self.base.load_state_dict(self.clone.state_dict())
+        self.policy.load_state_dict(self.clone.state_dict())
 
     def make_optimizer(self, args: Args) -> Optimizer:
-        return Adam(self.trained_parameters(), lr=args.learning_rate, eps=1e-8, fused=True, capturable=args.cuda_graph)
+        weights = self.trained_parameters()  # on CUDA, a graph may record Adam's step
+        return Adam(weights, args.learning_rate, fused=True, capturable=weights[0].is_cuda)
 
 
-# ------------------------------------------------------------------------------------------------- the mathematics
+# --------------------------------------------------------------------------------------- one update
 class Noise(NamedTuple):
     """All randomness of one update."""
 
@@ -260,134 +386,23 @@ class Noise(NamedTuple):
 
 def draw_noise(batch_size: int, chunk_dim: int, args: Args, generator: torch.Generator) -> Noise:
     """The noise of one update, from `generator`, on its device."""
-    normal = lambda *shape: torch.randn(*shape, generator=generator, device=generator.device)
+    normal = functools.partial(torch.randn, generator=generator, device=generator.device)
     next_action, flow_x0, sde_x0 = normal(3, batch_size, chunk_dim)  # [B, A] each
     flow_t = torch.rand(batch_size, 1, generator=generator, device=generator.device)
-    return Noise(next_action, flow_x0, flow_t, sde_x0, sde=normal(args.flow_steps, batch_size, chunk_dim))
-
-
-def ode_sample(velocity: VelocityField, observation: Tensor, x: Tensor, flow_steps: int) -> Tensor:
-    """(E1) The policy's action: K Euler steps from noise x [B, A] at observation [B, O] -> [B, A] in [-1, 1]."""
-    h = 1 / flow_steps
-    for k in range(flow_steps):
-        x = x + h * velocity(observation, x, k * h)
-    return x.clamp(-1, 1)
+    sde = normal(args.flow_steps, batch_size, chunk_dim)
+    return Noise(next_action, flow_x0, flow_t, sde_x0, sde)
 
 
 def policy_action(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """What acts: actor_fast, at observation [n, O] from noise [n, A] -> action chunks [n, A] in [-1, 1]."""
-    return ode_sample(agent.actor_fast, observation, noise, args.flow_steps)
+    """What acts: the policy's action chunks [n, A] at observation [n, O] from noise [n, A]."""
+    return ode_sample(agent.policy, observation, noise, args.flow_steps)
 
 
-def critic_target(agent: Agent, batch: common.Batch, next_action_noise: Tensor, args: Args) -> Tensor:
-    """(E2) y = R + gamma^c m Q'(s', a'), with Q' = mean_e Q^e - rho std_e Q^e of the target critic -> [B]."""
-    next_action = policy_action(agent, batch.next_observation, next_action_noise, args)  # [B, A]
-    next_q = agent.target_critic(batch.next_observation, next_action)  # [E, B]
-    next_q = next_q.mean(0) - args.rho * next_q.std(0, correction=0)  # [B]
-    return batch.reward + args.gamma**args.chunk_length * batch.mask * next_q
-
-
-def critic_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """(E3) L_Q = mean_{e,b} valid (Q^e(s, a) - y)^2, from q [E, B], target [B], valid [B]."""
-    return (valid * (q - target) ** 2).mean()
-
-
-def bc_loss(velocity: VelocityField, batch: common.Batch, x0: Tensor, t: Tensor) -> Tensor:
-    """(E4) Flow matching: L_BC = mean_b valid mean_A (v(s, (1-t) x0 + t a, t) - (a - x0))^2."""
-    x_t = (1 - t) * x0 + t * batch.action  # [B, A]
-    error = velocity(batch.observation, x_t, t) - (batch.action - x0)  # [B, A]
-    return (batch.valid * (error**2).mean(-1)).mean()
-
-
-def memoryless_g2(t: float | Tensor, h: float) -> float | Tensor:
-    """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which a path's end forgets its beginning. In continuous
-    time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0 and positive at the last step."""
-    return 2 * (1 - t + h) / (t + h)
-
-
-def memoryless_rollout(
-    velocity: VelocityField, base: VelocityField, observation: Tensor, x: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(E6) Paths of the memoryless SDE from x [B, A], with noise [K, B, A] -> x_0 ... x_{K-1} [K, B, A] and x_K [B, A].
-    The last step is a noiseless one of the base."""
-    h = 1 / len(noise)
-    xs = [x]
-    for k in range(len(noise) - 1):
-        t = k * h
-        drift = 2 * velocity(observation, x, t) - x / (t + h)
-        x = x + h * drift + math.sqrt(h * memoryless_g2(t, h)) * noise[k]
-        xs.append(x)
-    return torch.stack(xs), x + h * base(observation, x, 1 - h)
-
-
-def terminal_adjoint(critic: Critic, observation: Tensor, x: Tensor) -> Tensor:
-    """(E7) adjoint_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A]. Not pessimistic."""
-    return -torch.func.grad(lambda x: critic(observation, x.clamp(-1, 1)).mean(0).sum())(x)
-
-
-def lean_adjoint(base: VelocityField, observation: Tensor, xs: Tensor, adjoint: Tensor) -> Tensor:
-    """(E8) adjoint_k = adjoint_{k+1} + h (db_k/dx)^T adjoint_{k+1}, b_k(x) = 2 v_base(s, x, t_k + h) - x / (t_k + h),
-    backwards from adjoint_K [B, A] along xs [K, B, A] -> k = 0 ... K-1 [K, B, A]. "Lean": only the base's Jacobian
-    enters. The base is taken at t_k + h, not at t_k, and at k = K-1 as if that step had noise, as the authors do."""
-    h = 1 / len(xs)
-    adjoints = []
-    for k in reversed(range(len(xs))):
-        t_next = (k + 1) * h
-        _, vjp = torch.func.vjp(lambda x: base(observation, x, t_next), xs[k])
-        adjoint = adjoint + h * (2 * vjp(adjoint)[0] - adjoint / t_next)
-        adjoints.append(adjoint)
-    return torch.stack(adjoints[::-1])
-
-
-def flow_times(paths: Tensor) -> Tensor:
-    """t_k = k h for paths [K, B, A] -> [K, 1, 1]."""
-    return torch.arange(len(paths), dtype=paths.dtype, device=paths.device)[:, None, None] / len(paths)
-
-
-def velocity_difference(velocity: VelocityField, base: VelocityField, observation: Tensor, xs: Tensor) -> Tensor:
-    """(E9) Delta_k = v_fast(s, x_k, t_k) - v_base(s, x_k, t_k) on paths xs [K, B, A]; gradient through v_fast alone."""
-    observation = observation.expand(len(xs), -1, -1)  # [K, B, O]
-    with torch.no_grad():
-        base_velocity = base(observation, xs, flow_times(xs))
-    return velocity(observation, xs, flow_times(xs)) - base_velocity
-
-
-def adjoint_matching_loss(delta: Tensor, adjoints: Tensor, temperature: Tensor) -> Tensor:
-    """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k adjoint_k||^2, sigma_k = g_k / sqrt(temperature),
-    from delta and adjoints [K, B, A]. Its minimum is Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
-    sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
-    return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
-
-
-def path_kl(delta: Tensor, chunk_length: int) -> Tensor:
-    """(E11) Theorem 1, discretised: KL = (1/c) mean_b sum_k (2h / g_k^2) ||Delta_k||^2, in nats per action."""
-    h = 1 / len(delta)
-    return (2 * h / memoryless_g2(flow_times(delta), h) * delta**2).sum(dim=(0, 2)).mean() / chunk_length
-
-
-def closed_form_kl(adjoints: Tensor, temperature: Tensor, chunk_length: int) -> Tensor:
-    """(E11) at the minimum of (E10): KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||adjoint_k||^2 / (2 temperature^2)."""
-    h = 1 / len(adjoints)
-    cost = (h * memoryless_g2(flow_times(adjoints), h) * adjoints**2).sum(dim=(0, 2)).mean()
-    return cost / (2 * temperature**2) / chunk_length
-
-
-def dual_descent(agent: Agent, kl: Tensor, args: Args):
-    """(E12) D <- (1 - kappa) D + kappa min(KL, clip epsilon); lambda <- clip(lambda + eta (D - epsilon)), in place."""
-    agent.kl_ema.lerp_(kl.clamp(max=args.kl_clip_coef * args.kl_budget), args.kl_ema_coef)
-    agent.lam.add_(args.eta_lambda * (agent.kl_ema - args.kl_budget)).clamp_(args.lambda_min, args.lambda_max)
-
-
-def update_targets(agent: Agent, tau: float):
-    """target <- (1 - tau) target + tau online."""
-    for target, online in ((agent.target_critic, agent.critic), (agent.target_actor_slow, agent.actor_slow)):
-        torch._foreach_lerp_([*target.parameters()], [*online.parameters()], tau)
-
-
-# ------------------------------------------------------------------------------------------------------ one update
-def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args) -> dict[str, Tensor]:
-    """One update of the behaviour-cloning stage: (E4) alone, on actor_slow."""
-    loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
+def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise,
+              args: Args) -> dict[str, Tensor]:
+    """One update of the behaviour-cloning stage: (E4) alone, on the clone."""
+    s, a, valid = batch.observation, batch.action, batch.valid  # [B, O], [B, A], [B]
+    loss_bc = bc_loss(agent.clone, s, a, valid, noise.flow_x0, noise.flow_t)
     optimizer.zero_grad()
     loss_bc.backward()
     grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
@@ -395,21 +410,25 @@ def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: No
     return {"losses/bc_loss": loss_bc.detach(), "losses/grad_norm": grad_norm}
 
 
-def losses(agent: Agent, batch: common.Batch, noise: Noise, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of all networks together, and its statistics: scalars without gradient, named as in TensorBoard, in the
-    order they arise, so that the first one that is not finite is where it began."""
-    s = batch.observation  # [B, O]
+def losses(agent: Agent, batch: common.Batch, noise: Noise,
+           args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of all networks together, and its statistics: scalars without gradient, in the order
+    they arise, so that the first one that is not finite is where it began."""
+    s, a, valid = batch.observation, batch.action, batch.valid  # [B, O], [B, A], [B]
     temperature = args.lam_scale * agent.lam
     with torch.no_grad():
-        target = critic_target(agent, batch, noise.next_action, args)  # [B]
-        xs, x_final = memoryless_rollout(agent.actor_fast, agent.target_actor_slow, s, noise.sde_x0, noise.sde)
+        next_action = policy_action(agent, batch.next_observation, noise.next_action, args)
+        next_q = agent.target_critic(batch.next_observation, next_action)  # [E, B]
+        discount = args.gamma**args.chunk_length
+        target = critic_target(next_q, batch.reward, batch.mask, discount, args.rho)  # [B]
+        xs, x_final = memoryless_rollout(agent.policy, agent.base, s, noise.sde_x0, noise.sde)
         terminal = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]
-        adjoints = lean_adjoint(agent.target_actor_slow, s, xs, terminal)  # [K, B, A]
+        adjoints = lean_adjoint(agent.base, s, xs, terminal)  # [K, B, A]
 
-    q = agent.critic(s, batch.action)  # [E, B]
-    delta = velocity_difference(agent.actor_fast, agent.target_actor_slow, s, xs)  # [K, B, A]
-    loss_q = critic_loss(q, target, batch.valid)
-    loss_bc = bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t)
+    q = agent.critic(s, a)  # [E, B]
+    delta = velocity_difference(agent.policy, agent.base, s, xs)  # [K, B, A]
+    loss_q = critic_loss(q, target, valid)
+    loss_bc = bc_loss(agent.clone, s, a, valid, noise.flow_x0, noise.flow_t)
     loss_am = adjoint_matching_loss(delta, adjoints, temperature)
     statistics = {
         "losses/target_q_mean": target.mean(),
@@ -428,45 +447,43 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise, args: Args) -> tuple
     return loss_q + loss_bc + loss_am, {name: value.detach() for name, value in statistics.items()}
 
 
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    """`function` as one graph, made into fast code at its first call, within a minute or so."""
-    by_exp = {"cpp.use_decompose_tanh": True}  # GELU's tanh is, on a CPU, the largest part after matrix products
-    return torch.compile(function, fullgraph=True, options=by_exp)
-
-
-def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args) -> dict[str, Tensor]:
-    """One TRQAM update, in place; a function of (agent, optimizer), batch and noise that never waits for the device.
-
-    Returns its statistics: scalars on the device, to be read only when they are logged.
-    """
-    loss, statistics = (compiled(losses) if args.compile == "on" else losses)(agent, batch, noise, args)
+def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args,
+           losses: Callable = losses) -> dict[str, Tensor]:
+    """One TRQAM update, in place: a function of its arguments that never waits for the device.
+    `losses` may be a compiled one. Returns its statistics: scalars on the device, to be read only
+    when they are logged."""
+    loss, statistics = losses(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    grad_norms = {  # of each network alone
-        f"gradients/{name}": nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        for name, network in agent.named_children()
-        if not name.startswith("target")
-    }
-    grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)  # of all networks together
+    grad_norms = {}  # of each network alone; they are clipped together
+    for name, network in agent.named_children():
+        if gradients := [p.grad for p in network.parameters() if p.grad is not None]:
+            grad_norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
+    grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
     with torch.no_grad():
-        update_targets(agent, args.tau)  # before the step: the targets follow the weights that made this loss
+        # The targets follow the weights that made this loss: those before the step.
+        for target, online in ((agent.target_critic, agent.critic), (agent.base, agent.clone)):
+            # As torch's optimizers do: private, but one launch for all weights.
+            torch._foreach_lerp_([*target.parameters()], [*online.parameters()], args.tau)
         optimizer.step()
-        dual_descent(agent, statistics["trust_region/path_kl"], args)
+        dual_descent(agent.lam, agent.kl_ema, statistics["trust_region/path_kl"], agent.kl_budget,
+                     args.eta_lambda, args.kl_ema_coef, args.kl_clip_coef, args.lambda_min,
+                     args.lambda_max)
     return {
         **statistics,
         **grad_norms,
         "losses/grad_norm": grad_norm,
         "trust_region/path_kl_ema": agent.kl_ema.clone(),
-        "trust_region/kl_budget": args.kl_budget,
+        "trust_region/kl_budget": agent.kl_budget.clone(),
         "trust_region/lambda": agent.lam.clone(),
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- acting
+# ------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Action chunks [n, A] at observation [n, O]: of those from noise [n, samples, noise_dim], the one of highest Q."""
+    """Action chunks [n, A] at observation [n, O]: of those from noise [n, samples, noise_dim], the
+    one of highest mean Q."""
     n, samples, _ = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
     action = policy_action(agent, observation, noise.flatten(0, 1), args)  # [n * samples, A]
@@ -474,141 +491,83 @@ def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
     return action.view(n, samples, -1)[torch.arange(n, device=best.device), best]
 
 
-def online_step(
-    agent: Agent, dataset: common.ReplayBuffer, environment: common.OnlineEnvironment, generator, args: Args
-):
-    """One environment step into the dataset: the next action of the chunk in execution, or, where nothing is left of
-    it (an episode's end drops the rest), the first of a new one."""
+def online_step(agent: Agent, dataset: common.ChunkDataset, environment: common.OnlineEnvironment,
+                generator: torch.Generator, args: Args):
+    """One environment step into the dataset: the next action of the chunk in execution, or, where
+    nothing is left of it (an episode's end drops the rest), the first of a new one."""
     if not len(environment.chunk):
-        noise = torch.randn(1, args.best_of_n, agent.noise_dim, generator=generator, device=generator.device)
-        observation = torch.as_tensor(environment.observation, dtype=torch.float32, device=noise.device)[None]
-        chunk = act(agent, observation, noise, args)  # [1, A]
+        size, device = (1, args.best_of_n, agent.noise_dim), generator.device
+        noise = torch.randn(size, generator=generator, device=device)
+        observation = torch.tensor(environment.observation, dtype=torch.float32, device=device)
+        chunk = act(agent, observation[None], noise, args)  # [1, A]
         environment.chunk = chunk.view(args.chunk_length, -1).numpy(force=True)  # [c, d]
     action, environment.chunk = environment.chunk[0], environment.chunk[1:]
     dataset.append(*environment.step(action))
 
 
-# ------------------------------------------------------------------------------------------------------------ main
-SCRIPT = Path(__file__).stem
-STARTS_FROM = "trqam_offline"  # the script whose checkpoint a run can go on from
-
-
-def settings(args: Args) -> dict:
-    """What the preset and the environment's domain set, where no flag does."""
-    domain = DOMAINS.get(common.domain_of(args.env_id), {})
-    start = {"offline_steps": 0} if args.bc_checkpoint else {}
-    return {"preset": args.preset, **domain, **(QUICK if args.preset == "quick" else {}), **start}
-
-
-def make_train_step(
-    agent: Agent, optimizer: Optimizer, dataset: common.ReplayBuffer, generator, stage: str, args: Args
-) -> Callable[[], dict[str, Tensor]]:
-    """A function that draws a batch and all noise, and updates with them; on a GPU the update is one launch."""
-    if stage == "online" and args.kl_budget_online:
-        args = replace(args, kl_budget=args.kl_budget_online)
-    balanced = stage == "online" and args.balanced_sampling
-    sample = dataset.sample_balanced if balanced else dataset.sample
-    update_once = functools.partial(bc_update if stage == "bc" else update, agent, optimizer, args=args)
-    if args.cuda_graph and generator.device.type == "cuda":
-        update_once = common.CudaGraph(update_once)
-
-    def train_step() -> dict[str, Tensor]:
-        batch = sample(args.batch_size, generator)
-        return update_once(batch, draw_noise(*batch.action.shape, args, generator))
-
-    return train_step
-
-
+# --------------------------------------------------------------------------------------------- main
 def main(args: Args):
-    common.check_settings(args)
-    device = common.choose_device(args.device, args.num_threads, args.tf32)
-    domain = common.domain_of(args.env_id)
-    observation_dim, action_dim = common.environment_sizes(args.env_id)
-    sizes = dict(domain=domain, observation_dim=observation_dim, action_dim=action_dim)
-    sizes |= {name: getattr(args, name) for name in ("chunk_length", "hidden_dims", "actor_layer_norm")}
-    torch.manual_seed(args.seed)
-    agent = Agent(observation_dim, args.chunk_length * action_dim, args).to(device)
-    policy = lambda observation, noise: act(agent, observation.to(device), noise.to(device), args)
-    bc_steps = 0 if args.bc_checkpoint else args.bc_steps
-    offline_end = bc_steps + args.offline_steps
-    total_steps = offline_end + args.online_steps
+    """Clone, fine-tune, go online: the algorithm box. A resumed run falls through to where it was.
 
-    if args.eval_only:
-        checkpoint = common.load_checkpoint(args.checkpoint, SCRIPT, "--checkpoint", sizes)
-        with common.restoring(args):
-            agent.load_state_dict(checkpoint["agent"])
-        if checkpoint["step"] < bc_steps:
-            agent.start_from_clone()
-        return common.evaluate_checkpoint(args, agent.noise_dim, policy)
+    `run` (common.py) holds the folder and its files: `steps` yields the steps of a stage that are
+    left, `after` logs, evaluates and saves where that is due.
+    """
+    with common.Run(__file__, args) as run:
+        torch.manual_seed(args.seed)
+        chunk_dim = args.chunk_length * run.action_dim
+        agent = Agent(run.observation_dim, chunk_dim, args).to(run.device)
+        optimizer = agent.make_optimizer(args)
+        generator = torch.Generator(run.device).manual_seed(args.seed)
+        policy = functools.partial(act, agent, args=args)
+        run.restore(agent=agent, optimizer=optimizer, generator=generator)
+        if not run.done and args.bc_checkpoint:
+            run.load_clone(agent.clone)
+        if args.eval_only:
+            return run.evaluate_only(policy)
 
-    run = common.Run(SCRIPT, args, sizes, agent.noise_dim, device, STARTS_FROM)
-    optimizer = agent.make_optimizer(args)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    environment = common.OnlineEnvironment(args.env_id, args.seed)
-    step = 0  # updates done, over all stages; online, environment steps
-    with common.restoring(args, run.resumes):
-        if run.checkpoint:
-            agent.load_state_dict(run.checkpoint["agent"])
-            common.restore_optimizer(optimizer, run.checkpoint["optimizer"])
-            if run.checkpoint["device"] == device.type:  # another kind's generator cannot go on here
-                generator.set_state(run.checkpoint["generator"])
-            if run.checkpoint["kind"] == SCRIPT:
-                environment.load_state_dict(run.checkpoint["environment"])
-            step = run.checkpoint["step"]
-        elif args.bc_checkpoint:
-            prior = common.load_checkpoint(args.bc_checkpoint, "bc", "--bc-checkpoint", sizes)
-            agent.actor_slow.load_state_dict(prior["actor_slow"])
-            agent.start_from_clone()
-    fine_tuning = args.offline_steps + args.utd_ratio * args.online_steps
-    args = run.args = replace(args, compile=common.choose_compile(args.compile, device, fine_tuning))
-    with run:
         dataset = run.load_dataset()
-        known = "settings of the domain" if domain in DOMAINS else "no published settings, so the general defaults"
-        print(f"preset {args.preset}; {domain}: {known}; flags win over both")
+        environment = common.OnlineEnvironment(args.env_id, args.seed)
+        dataset.make_room(args.online_steps)
+        run.restore(dataset=dataset, environment=environment)
 
-        twin = copy.deepcopy(agent)  # is timed, and thrown away
-        trial = twin, twin.make_optimizer(args), copy.copy(dataset), torch.Generator(device)
-        run.announce("bc", bc_steps - step, make_train_step(*trial, "bc", args))
-        online_updates = args.utd_ratio * max(0, total_steps - max(step, offline_end + args.learning_starts))
-        updates_left = max(0, offline_end - max(step, bc_steps)) + online_updates
-        run.announce("fine-tuning", updates_left, make_train_step(*trial, "offline", args))
-        twin = trial = None
+        def draw(sample=dataset.sample):
+            batch = sample(args.batch_size, generator)
+            return batch, draw_noise(len(batch.reward), chunk_dim, args, generator)
 
-        run.begin(step, total_steps)
-        if step >= bc_steps and not run.rows["eval.csv"]:
-            run.evaluate("offline" if step > bc_steps else "bc", step - bc_steps, policy)
-        while step < total_steps:
-            stage, stage_start = ("bc", 0) if step < bc_steps else ("offline", bc_steps)
-            updates, statistics = 1, {}
-            if step >= offline_end:
-                stage, stage_start = "online", offline_end
-                online_step(agent, dataset, environment, generator, args)
-                updates = args.utd_ratio if step - offline_end >= args.learning_starts else 0
-            if stage != run.stage:
-                train_step = make_train_step(agent, optimizer, dataset, generator, stage, args)
-            for _ in range(updates):
-                statistics = train_step()
-            step += 1
-            stage_step = step - stage_start
-            run.tick(stage, stage_step, statistics, updates)
-            stage_ends = step in (bc_steps, offline_end, total_steps)
-            if stage_ends or stage_step % args.log_interval == 0:
-                run.log({**statistics, **environment.report()})
-            if step == bc_steps:  # fine-tuning starts afresh, and so the same as one from --bc-checkpoint
-                agent.start_from_clone()
-                optimizer = agent.make_optimizer(args)
-                generator.manual_seed(args.seed)
-                run.save_bc(agent.actor_slow.state_dict())
-            evaluation_due = stage_ends or (stage != "bc" and stage_step % args.eval_interval == 0)
-            if evaluation_due:
-                run.evaluate(stage, stage_step, policy)
-            if evaluation_due or stage_step % args.checkpoint_interval == 0 or run.stopping:
-                run.save(
-                    agent=agent.state_dict(), optimizer=optimizer.state_dict(), generator=generator.get_state(),
-                    replay=dataset.save(run.path / "replay.bin"), environment=environment.state_dict(),
-                )  # fmt: skip
+        updates = args.offline_steps
+        updates += args.utd_ratio * args.online_steps
+        fast_losses = common.compiled(losses, args.compile, updates, run.device)
+        fast_bc_update = functools.partial(bc_update, agent, optimizer, args=args)
+        fast_update = functools.partial(update, agent, optimizer, args=args, losses=fast_losses)
+        if args.cuda_graph and run.device.type == "cuda":
+            fast_bc_update = common.CudaGraph(fast_bc_update)
+            fast_update = common.CudaGraph(fast_update)
+
+        # 1. Clone the behaviour in the data: that is the prior.
+        for _ in run.steps("bc", 0 if args.bc_checkpoint else args.bc_steps):
+            run.after(fast_bc_update(*draw()))
+
+        # 2. Fine-tune a copy of it on the data, at the KL budget.
+        if run.enters("offline"):
+            agent.start_from_clone()
+            optimizer.state.clear()
+            generator.manual_seed(args.seed)
+            run.save_clone(agent.clone)
+            run.evaluate_and_save(policy)
+        for _ in run.steps("offline", args.offline_steps):
+            run.after(fast_update(*draw()), policy)
+
+        # 3. Go online: each step in the environment adds a transition, and is followed by updates.
+        agent.kl_budget.fill_(args.kl_budget_online or args.kl_budget)
+        sample = dataset.sample_balanced if args.balanced_sampling else dataset.sample
+        for step in run.steps("online", args.online_steps):
+            statistics = {}
+            online_step(agent, dataset, environment, generator, args)
+            for _ in range(args.utd_ratio * (step > args.learning_starts)):
+                statistics = fast_update(*draw(sample))
+            run.after(statistics | environment.report(), policy)
         run.finish(policy)
 
 
 if __name__ == "__main__":
-    common.run_script(main, Args, settings, SCRIPT, STARTS_FROM)
+    common.run_script(__file__, main, Args, settings)

@@ -186,7 +186,7 @@ def time_parts(args: Args, width: int, batch_size: int, mode: str, device: torch
     dataset = random_dataset(20_000, device)
     batch = dataset.sample(batch_size, generator)
     noise, s = script.draw_noise(batch_size, action_dim, settings, generator), batch.observation
-    fast, base, no_grad = agent.actor_fast, agent.target_actor_slow, torch.no_grad()
+    fast, base, no_grad = agent.policy, agent.base, torch.no_grad()
     rollout = no_grad(lambda: script.memoryless_rollout(fast, base, s, noise.sde_x0, noise.sde))
     xs, x_final = rollout()
     adjoint = no_grad(lambda: script.terminal_adjoint(agent.target_critic, s, x_final))()
@@ -204,7 +204,7 @@ def time_parts(args: Args, width: int, batch_size: int, mode: str, device: torch
         "velocity_difference, forward (E9)": lambda: script.velocity_difference(fast, base, s, xs),
         "critic and cloning losses, forward (E3, E4)": lambda: (
             script.critic_loss(agent.critic(s, batch.action), y, batch.valid),
-            script.bc_loss(agent.actor_slow, batch, noise.flow_x0, noise.flow_t),
+            script.bc_loss(agent.clone, batch, noise.flow_x0, noise.flow_t),
         ),
     }
     parts = (of_losses if mode == "off" else {}) | {
