@@ -5,6 +5,11 @@ To copy an algorithm into a project with data of its own, take `Batch` and `Chun
 torch and NumPy alone. To train a script on a task of its own, call `register_task`.
 """
 
+import sys
+
+if sys.platform == "win32" or not (3, 11) <= sys.version_info:
+    sys.exit("error: this needs Linux or macOS (on Windows: WSL), and Python 3.11 or newer")
+
 import contextlib
 import csv
 import dataclasses
@@ -22,13 +27,13 @@ import math
 import multiprocessing.forkserver
 import os
 import pathlib
+import pickle
 import platform
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -45,7 +50,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 20)
+SHOWN = sys.stderr is not None and sys.stderr.isatty()
+PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if SHOWN else 20, disable=sys.stderr is None)
 
 
 class UserError(Exception):
@@ -70,7 +76,8 @@ def one_line(error: BaseException) -> str:
 def require_finite(name: str, array: np.ndarray):
     """Raise NotFinite, with the array's name and the first bad place, where it is not finite."""
     if len(bad := np.argwhere(~np.isfinite(array))):
-        raise NotFinite(f"{name} is not finite (number {bad[0].tolist()} is {array[tuple(bad[0])]})")
+        where, value = bad[0].tolist(), array[tuple(bad[0])]
+        raise NotFinite(f"{name} is not finite (number {where} is {value})")
 
 
 # ------------------------------------------------------------------------------------ environments
@@ -92,13 +99,19 @@ def register_task(env_id: str, make_env: Callable, load_arrays: Callable):
 
 @functools.cache
 def import_ogbench():
-    """OGBench, which registers its environments. Training renders nothing, so no variable that names
-    a renderer may stop it."""
-    with patch.dict(os.environ, MUJOCO_GL="disable"):
-        import gymnasium
-        import ogbench
+    """OGBench, which registers its environments."""
+    import gymnasium
+    import ogbench
+
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks warn at each environment
     return ogbench
+
+
+def renders_nothing(kwargs: dict[str, Any] | None = None):
+    """A context in which no variable that names a renderer can stop MuJoCo's import; of no effect
+    where `kwargs` ask for a `render_mode`."""
+    renders = "render_mode" in (kwargs or {})
+    return patch.dict(os.environ, {} if renders else {"MUJOCO_GL": "disable"})
 
 
 @functools.cache
@@ -133,8 +146,8 @@ def domain_of(env_id: str) -> str:
 
 
 def with_seeded_resets(env):
-    """Make `reset(seed=...)` decide the whole episode: OGBench's resets also draw from NumPy's global
-    generator, and take steps from an action space that is made anew, unseeded, at each access."""
+    """Make `reset(seed=...)` decide the whole episode: OGBench's resets also draw from NumPy's
+    global generator, and take steps of an action space that is made anew, unseeded, each time."""
     import gymnasium
 
     base, space = env.unwrapped, env.unwrapped.action_space
@@ -159,7 +172,8 @@ def make_env(env_id: str, **kwargs):
     import gymnasium
 
     if env_id not in TASKS:
-        return with_seeded_resets(gymnasium.make(split_env_id(env_id)[0], **kwargs))
+        with renders_nothing(kwargs):
+            return with_seeded_resets(gymnasium.make(split_env_id(env_id)[0], **kwargs))
     env = TASKS[env_id][0](**kwargs)
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
@@ -232,8 +246,8 @@ class OnlineEnvironment:
         return numbers | {name: torch.tensor(array) for name, array in arrays.items()}
 
     def load_state_dict(self, state: dict[str, Any]):
-        """Return to a state, by playing its running episode again. Says so where that ends elsewhere,
-        as on another processor."""
+        """Return to a state, by playing its running episode again. Says so where that ends
+        elsewhere, as on another processor."""
         self.begin(state["episode"])
         for action in state["actions"].numpy():
             if self.step(action)[-1]:
@@ -243,7 +257,7 @@ class OnlineEnvironment:
         if np.array_equal(self.observation, state["observation"].numpy()):
             self.chunk = state["chunk"].numpy()
         else:
-            print("note: this machine plays the running episode otherwise: the run ends otherwise too")
+            print("note: this machine plays the running episode otherwise; the run ends otherwise")
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -303,18 +317,19 @@ class ChunkDataset:
             raise ValueError(f"{self.size} transitions hold no chunk of length {chunk_length}")
 
     @classmethod
-    def from_transitions(cls, observations, actions, rewards, next_observations, terminated, truncated,
-                         *, low, high, chunk_length: int, gamma: float, sparse: bool = False,
-                         device: torch.device | str = "cpu") -> "ChunkDataset":
+    def from_transitions(cls, observations, actions, rewards, next_observations, terminated,
+                         truncated, *, low, high, chunk_length: int, gamma: float,
+                         sparse: bool = False, device: torch.device | str = "cpu"):
         """A dataset from N transitions in their order.
 
-        observations, next_observations [N, O], actions [N, d], rewards [N]; terminated [N]: the task
-        ended there, and nothing follows; truncated [N]: the episode was cut there. The last row
-        ends an episode in any case. low, high: numbers or [d], the action space's bounds, which are
-        scaled to [-1, 1]. Raises ValueError, also where rows do not follow each other.
+        observations, next_observations [N, O], actions [N, d], rewards [N]; terminated [N]: the
+        task ended there, and nothing follows; truncated [N]: the episode was cut there. The last
+        row ends an episode in any case. low, high: numbers or [d], the action space's bounds, which
+        are scaled to [-1, 1]. Raises ValueError, also where rows do not follow each other.
         """
-        given = dict(observations=observations, actions=actions, next_observations=next_observations,
-                     rewards=rewards, terminated=terminated, truncated=truncated)
+        given = dict(
+            observations=observations, actions=actions, next_observations=next_observations,
+            rewards=rewards, terminated=terminated, truncated=truncated)
         given = {key: torch.as_tensor(np.asarray(x)).numpy() for key, x in given.items()}
         n = len(given["rewards"])
         for key, array in given.items():
@@ -326,8 +341,9 @@ class ChunkDataset:
         done[-1:] = True
         breaks = ~done[:-1] & ~np.isclose(following[:-1], s[1:], atol=1e-4, equal_nan=True).all(-1)
         if breaks.any():
-            raise ValueError(f"next_observations[{breaks.argmax()}] is not the row after it: keep rows "
-                             "in order, and mark each episode's end in terminated or truncated")
+            raise ValueError(
+                f"next_observations[{breaks.argmax()}] is not the row after it: keep rows in "
+                "order, and mark each episode's end in terminated or truncated")
         low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
         if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
             raise ValueError(f"low {low} must be below high {high}, and both finite")
@@ -359,7 +375,7 @@ class ChunkDataset:
         return self.chunks(torch.cat([offline, online]))
 
     def starts(self, first: int, stop: int, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n uniform first transitions of chunks within the transitions first ... stop - 1 -> [n]."""
+        """n uniform first transitions of chunks within transitions first ... stop - 1 -> [n]."""
         high = stop - self.chunk_length + 1
         return torch.randint(first, high, (n,), generator=generator, device=generator.device)
 
@@ -414,7 +430,8 @@ class ChunkDataset:
 
     def load_state_dict(self, state: dict[str, Any]):
         """Append again what another of the same offline data had, after `make_room`."""
-        first, rows, ends = self.offline_size + self.offline_episodes, len(state["masks"]), state["ends"]
+        first, ends = self.offline_size + self.offline_episodes, state["ends"]
+        rows = len(state["masks"])
         for name in self.ARRAYS:
             getattr(self, name)[first : first + rows] = state[name]
         self.episodes = self.offline_episodes + len(ends)
@@ -431,22 +448,23 @@ def check_arrays(observations, actions, rewards, masks, terminals):
         dims, rows = 1 + name.endswith("ons"), rewards.shape[:1]
         if array.ndim != dims or array.shape[:1] != rows or not array.numel():
             kind = "[M, ...]" if dims == 2 else "[M]"
-            raise ValueError(f"{name} must be {kind} for M rewards, of {[*rewards.shape]}, not "
-                             f"{[*array.shape]}")
+            shapes = f"{[*array.shape]} beside rewards {[*rewards.shape]}"
+            raise ValueError(f"{name} must be {kind} for M rewards [M], not {shapes}")
         low, high = array.aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{name} is not finite: remove rows that hold NaN or infinity")
         if name == "actions" and max(-low, high) > 1 + 1e-3:
-            raise ValueError(f"actions lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: scale them, as "
-                             "from_transitions does, by the action space's low and high")
+            raise ValueError(f"actions lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: scale them, "
+                             "as from_transitions does, by the action space's low and high")
     last = terminals != 0
     if not last.any():
         raise ValueError("terminals marks no episode's end: set it at each final state, or give "
                          "transitions to ChunkDataset.from_transitions")
     for name, where in (("mask 0", masks == 0), ("reward", rewards != 0)):
         if where.any() and not where[~last].any():
-            raise ValueError(f"every {name} stands at an episode's last row, a final state, which is no "
-                             "transition: give transitions to ChunkDataset.from_transitions")
+            raise ValueError(
+                f"every {name} stands at an episode's last row, a final state, which is no "
+                "transition: give transitions to ChunkDataset.from_transitions")
 
 
 def read_npz(path: Path, keys) -> dict[str, np.ndarray]:
@@ -455,8 +473,6 @@ def read_npz(path: Path, keys) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file, np.errstate(all="ignore"):
             if not (missing := [key for key in keys if key not in file]):
                 return {key: file[key] for key in keys}
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged archive can raise nearly anything
         raise UserError(f"{path} cannot be read as .npz, and may be damaged or cut short: fetch or "
                         f"collect it again ({one_line(error)})") from error
@@ -474,17 +490,20 @@ def read_file(path: Path, env) -> dict[str, np.ndarray]:
     if hasattr(base, "_cur_button_states"):
         shapes["button_states"] = base._cur_button_states.shape
     data = read_npz(path, shapes)
+    with np.load(path) as file:
+        if "rewards" in file or "masks" in file:
+            print(f"note: rewards and masks in {path} are not used, but OGBench's own for the task")
     rows = data["terminals"].size
     for key, array in data.items():
         if array.shape != (rows, *shapes[key]) or not rows:
-            raise UserError(f"{path}: {key} has shape {array.shape}, but {env.spec.id} needs "
-                            f"{(rows, *shapes[key])}")
-        kind = array.dtype.kind
-        if kind in "fiub":
-            with np.errstate(all="ignore"):  # too large a number is infinite, and refused
-                data[key] = array.astype(np.float32 if kind == "f" else array.dtype.newbyteorder("="))
-        if kind not in "fiub" or not np.isfinite(data[key]).all():
-            raise UserError(f"{path}: {key} holds what is no finite number; fetch or collect it again")
+            needed = f"{env.spec.id} needs {(rows, *shapes[key])}"
+            raise UserError(f"{path}: {key} has shape {array.shape}, but {needed}")
+        kind = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
+        with np.errstate(all="ignore"):  # too large a number is infinite, and refused
+            data[key] = array.astype(kind)
+        if array.dtype.kind not in "fiub" or not np.isfinite(data[key]).all():
+            raise UserError(f"{path}: {key} holds values that are not finite numbers; fetch or "
+                            "collect it again")
     relabel_dataset(env.spec.id, env, data)
     final = data["terminals"] = data["terminals"].astype(bool)
     final[-1] = True  # a file's end ends an episode
@@ -500,6 +519,11 @@ def free_memory(device: torch.device) -> int:
         memory = Path("/proc/meminfo").read_text()
         return 512 * int(re.search(r"MemAvailable:\s+(\d+) kB", memory)[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+PUBLISHED = {  # transitions behind published results, where those are not OGBench's own file
+    "antmaze-giant-navigate": 10**7, "cube-triple-play": 10**7, "puzzle-4x4-play": 10**7,
+    "cube-quadruple-play": 10**8}
 
 
 def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool = False,
@@ -529,15 +553,18 @@ def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool =
         need, asked = 4 * sum(rows) * sum(math.prod(width) for width in widths), device
         if need > free_memory(device):
             device = torch.device("cpu")
-            print(f"note: {need / 2**30:.1f} GiB of data, more than {asked} has free: it lies in the "
-                  "host's memory, and each batch is copied from there")
+            print(f"note: the data needs {need / 2**30:.1f} GiB, more than {asked} has free: it "
+                  "lies in the host's memory, and each batch is copied from there")
         if need > free_memory(device):
-            raise UserError(f"the data takes {need / 2**30:.1f} GiB, but {free_memory(device) / 2**30:.1f} "
-                            "are free in the host's memory; name fewer files with --dataset-path")
+            free = " and ".join(f"{free_memory(x) / 2**30:.1f} on {x}" for x in {asked, device})
+            raise UserError(f"the data needs {need / 2**30:.1f} GiB, of which free are {free}; "
+                            "name fewer files with --dataset-path")
         # The files are read one after another into place: one alone is ever held twice.
         held = [torch.empty(sum(rows), *width, device=device) for width in (*widths, ())]
         for path, part in zip(files, torch.arange(sum(rows)).split(rows)):
             data = read_file(path, env)
+            if data["terminals"].sum() == 1:
+                print(f"note: {path} marks no end of an episode: it is taken for a single one")
             for array, key in zip(held, (*ChunkDataset.ARRAYS, "terminals")):
                 array[int(part[0]) : int(part[-1]) + 1] = torch.from_numpy(data[key])
         arrays, make = dict(zip((*ChunkDataset.ARRAYS, "terminals"), held)), ChunkDataset
@@ -546,12 +573,13 @@ def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool =
     except (TypeError, ValueError) as error:
         raise UserError(f"the data of {env_id}: {error}") from error
     info |= dict(transitions=dataset.size, episodes=dataset.episodes)
+    info |= dict(published_transitions=PUBLISHED.get(domain_of(env_id), 0))
     return dataset, info | dict(success_fraction=float((dataset.masks == 0).float().mean()))
 
 
 def find_files(dataset_name: str, dataset_path: str, dataset_dir: str, collect_episodes: int,
                collect_seed: int) -> tuple[list[Path], dict[str, Any]]:
-    """The files of a dataset, collected or downloaded where they are not there, and their origin."""
+    """The files of a dataset, collected or downloaded where that is needed, and their origin."""
     if dataset_path:
         given, origin = Path(dataset_path).expanduser(), "path"
         files = [given]
@@ -569,9 +597,14 @@ def find_files(dataset_name: str, dataset_path: str, dataset_dir: str, collect_e
     made = collection_of(files[0]) if len(files) == 1 else {}
     if made.get("sha256") == hashes[0]:
         if made["dataset"] != dataset_name:
-            raise UserError(f"{files[0]} was collected as {made['dataset']}; this needs {dataset_name}")
+            raise UserError(f"{files[0]} was collected as {made['dataset']}, but {dataset_name} is "
+                            "needed")
+    elif origin == "official" and can_collect(dataset_name):
+        rows = read_npz(files[0], ["terminals"])["terminals"].size
+        made = dict(origin="official" if rows == math.prod(official_size(dataset_name)) else "path")
     elif origin == "collected":
-        raise UserError(f"{files[0]} is no longer what was collected: remove it, to collect it again")
+        raise UserError(f"{files[0]} is no longer the file that was collected: remove it, to "
+                        "collect it again")
     else:
         made = dict(origin=origin)
     sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -615,18 +648,21 @@ def collection_of(path: Path) -> dict[str, Any]:
 
 def describe_dataset(info: dict[str, Any]) -> str:
     """A dataset's origin in one line, for a plot or the terminal."""
-    origin = dict(official="official OGBench file", own="arrays of a task of one's own",
-                  path=f"file {', '.join(info['files'][:1])}")
-    oracle = f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not the official file"
-    return (f"{info['dataset']}: {origin.get(info['origin'], oracle)}, {info['transitions']:,} "
-            f"transitions, sha256 {info['sha256'][:12]}")
+    collected = f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not the "
+    origin = dict(
+        official="official OGBench file", own="a task of one's own",
+        collected=collected + "official file", path=f"file {', '.join(info['files'][:1])}")
+    size = f"{info['transitions']:,} transitions, sha256 {info['sha256'][:12]}"
+    if info["transitions"] < 0.99 * info["published_transitions"]:
+        size += f" (published results of the domain: {info['published_transitions']:,})"
+    return f"{info['dataset']}: {origin[info['origin']]}, {size}"
 
 
 # -------------------------------------------------------------------------------------- collecting
 # Data like OGBench's own, by OGBench's scripted oracles and recipe, seeded and on all cores. A
 # copier needs `collect_dataset` and, for one episode, `collect_episode`.
 
-STEPS = {"pointmaze-giant": 2001}  # of an episode; others 1,001; the last only holds the final state
+STEPS = {"pointmaze-giant": 2001}  # of an episode, its final state included; others: 1,001
 EPISODES = {"cube-triple": 3000, "cube-quadruple": 5000, "pointmaze-giant": 500}  # others: 1,000
 STACKING = {"cube-single": (0, 0), "cube-double": (0, 0.25), "cube-triple": (0.05, 0.35),
             "cube-quadruple": (0.1, 0.5), "cube-octuple": (0, 0.35)}
@@ -634,7 +670,8 @@ STACKING = {"cube-single": (0, 0), "cube-double": (0, 0.25), "cube-triple": (0.0
 
 def can_collect(dataset_name: str) -> bool:
     """Whether OGBench ships its oracle: that of manipulation `play` and pointmaze `navigate`."""
-    return bool(re.match(r"((cube|scene|puzzle)-(.+-)?play|pointmaze-\w+-navigate)-v0", dataset_name))
+    kinds = r"(cube|scene|puzzle)-(.+-)?play-v0|pointmaze-\w+-navigate-v0"
+    return bool(re.fullmatch(kinds, dataset_name))
 
 
 def official_size(dataset_name: str) -> tuple[int, int]:
@@ -652,7 +689,8 @@ def collection_env(dataset_name: str):
     name = re.sub(r"-(play|navigate)-", "-", dataset_name)
     mode = {} if "maze" in name else {"mode": "data_collection"}
     steps = official_size(dataset_name)[1]
-    env = gymnasium.make(name, terminate_at_goal=False, max_episode_steps=steps, **mode)
+    with renders_nothing():
+        env = gymnasium.make(name, terminate_at_goal=False, max_episode_steps=steps, **mode)
     return with_seeded_resets(env)
 
 
@@ -693,8 +731,8 @@ def maze_actions(env, dataset_name: str, seed: int):
     maze, rng, wall = env.unwrapped, np.random.default_rng(seed), env.unwrapped.maze_map
     free = [tuple(cell) for cell in np.argwhere(wall == 0)]
     corridors = ([0, 0, 1, 1], [1, 1, 0, 0])  # above, below, left, right: a way merely passes there
-    goals = [(i, j) for i, j in free
-             if [wall[i - 1, j], wall[i + 1, j], wall[i, j - 1], wall[i, j + 1]] not in corridors]
+    beside = [[wall[i - 1, j], wall[i + 1, j], wall[i, j - 1], wall[i, j + 1]] for i, j in free]
+    goals = [cell for cell, walls in zip(free, beside) if walls not in corridors]
     start, goal = free[rng.integers(len(free))], goals[rng.integers(len(goals))]
     yield env.reset(seed=seed, options={"task_info": {"init_ij": start, "goal_ij": goal}})[0]
     while True:
@@ -718,8 +756,8 @@ def collect_episode(dataset_name: str, seed: int, split: str, index: int) -> dic
     types = {"terminals": bool, "button_states": np.int64}
     for attempt in range(1000):
         entropy = np.random.SeedSequence([seed, ("train", "val").index(split), index, attempt])
-        actions, rows, done, step = recipe(env, dataset_name, int(entropy.generate_state(1)[0])), [], 0, None
-        ob = next(actions)
+        actions = recipe(env, dataset_name, int(entropy.generate_state(1)[0]))
+        ob, rows, done, step = next(actions), [], False, None
         while not done:
             action = actions.send(step)
             step = next_ob, _, terminated, truncated, info = env.step(action)
@@ -762,8 +800,8 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     """
     path = collected_path(dataset_name, episodes, seed, dataset_dir)
     if not can_collect(dataset_name):
-        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, and "
-                        f"{dataset_name}.npz of OGBench's host or a mirror, with --dataset-path")
+        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, "
+                        f"and {dataset_name}.npz of OGBench's host or a mirror, by --dataset-path")
     make_folder(path.parent, "--dataset-dir")
     partial = path.with_suffix(".partial")
     with lock_file(path.with_suffix(".lock"), wait=True):  # a second run that wants it waits here
@@ -775,7 +813,8 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
         jobs = [("train", i) for i in range(episodes)]
         jobs += [("val", i) for i in range(max(1, episodes // 10))]
         files = {job: partial / f"{job[0]}-{job[1]:05d}.npz" for job in jobs}
-        missing, steps = [job for job in jobs if not files[job].exists()], official_size(dataset_name)[1]
+        missing = [job for job in jobs if not files[job].exists()]
+        steps = official_size(dataset_name)[1]
         bar = tqdm(total=len(jobs) * steps, initial=(len(jobs) - len(missing)) * steps, unit="step",
                    unit_scale=True, desc=f"collecting {dataset_name}", **PROGRESS)
         workers = max(1, min(workers or cores(), len(missing)))
@@ -791,9 +830,10 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
             parts = [dict(np.load(files[job])) for job in jobs if job[0] == split]
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             write_atomically(target, functools.partial(np.savez, **arrays))
-        origin = dict(origin="collected", dataset=dataset_name, episodes=episodes, collect_seed=seed,
-                      sha256=file_hash(path), recipe="OGBench scripted oracle",
-                      **versions("ogbench", "mujoco"))
+        origin = dict(
+            origin="collected", dataset=dataset_name, episodes=episodes, collect_seed=seed,
+            sha256=file_hash(path), recipe="OGBench scripted oracle",
+            **versions("ogbench", "mujoco"))
         write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=1).encode())
         shutil.rmtree(partial)
     return path
@@ -804,10 +844,13 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
 # copier needs `Evaluator`, and `make_chunked_env` to see what a step of it is.
 
 
-def make_chunked_env(env_id: str, chunk_length: int):
+def make_chunked_env(env_id: str, chunk_length: int, own: Callable | None = None):
     """The environment of a worker process: one step executes a chunk [c*d] open loop, up to the
-    episode's end; after it, steps do nothing."""
+    episode's end; after it, steps do nothing. own: makes a task that was registered."""
     import gymnasium
+
+    if own:
+        register_task(env_id, own, None)
 
     follow_the_parent()
     if multiprocessing.parent_process():  # a cluster sends SIGTERM to all: evaluations end first
@@ -852,11 +895,12 @@ class Evaluator:
         self.noise_dim, self.device = noise_dim, device
         entropy = [np.random.SeedSequence([seed, i]) for i in range(episodes)]
         self.seeds = [int(sequence.generate_state(1)[0]) for sequence in entropy]
-        makers = [functools.partial(make_chunked_env, env_id, chunk_length)] * min(episodes, 4 * cores())
+        own, _ = TASKS.get(env_id, (None, None))
+        maker = functools.partial(make_chunked_env, env_id, chunk_length, own)
         with worker_context():
+            makers = [maker] * min(episodes, 4 * cores())
             self.envs = gymnasium.vector.AsyncVectorEnv(
-                makers, context="forkserver", autoreset_mode="Disabled"
-            )
+                makers, context="forkserver", autoreset_mode="Disabled")
 
     def evaluate(self, policy: Callable, samples: int = 1) -> dict[str, float]:
         """Mean, and standard error where N > 1, of success (at an episode's last step, where the
@@ -905,24 +949,6 @@ class Evaluator:
                     scores[f"{key}_stderr"] = float(values.std(ddof=1) / np.sqrt(self.episodes))
         return scores | {"episodes": self.episodes}
 
-    def film(self, folder: Path, prefix: str):
-        """Film the first episodes of the last evaluation as mp4; where that fails, say so. In a
-        process of its own, so that a renderer that is missing, or crashes, harms nothing."""
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        episodes = [(seed, np.stack(x)) for seed, x in zip(self.seeds[:3], self.executed)]
-        words = sender, self.env_id, self.chunk_length, episodes, folder, prefix
-        with worker_context("spawn") as context:
-            process = context.Process(target=film_episodes, args=words)
-            process.start()
-        sender.close()
-        try:
-            message = receiver.recv()
-        except EOFError:
-            message = "the renderer crashed"
-        process.join()
-        no = f"no video: {message} (MuJoCo needs EGL, e.g. libegl1, or a screen)"
-        print(no if message else f"video: {folder}/{prefix}*.mp4")
-
     def close(self, at_once: bool = False):
         """End the worker processes; at_once: in the middle of what they do."""
         for process in self.envs.processes if at_once else ():
@@ -932,18 +958,42 @@ class Evaluator:
         self.envs.close()
 
 
-def film_episodes(sender, env_id: str, chunk_length: int, episodes, folder: Path, prefix: str):
-    """Play recorded episodes, (seed, chunks [n, c*d]) each, under Gymnasium's recorder; sends "", or
-    what went wrong."""
+def film(env_id: str, chunk_length: int, episodes: list, folder: Path, prefix: str) -> str:
+    """Play recorded episodes, (seed, chunks [n, c*d]) each, under Gymnasium's recorder -> "", or
+    what went wrong. In a process of its own: a renderer that is missing or crashes does no harm."""
+    import cloudpickle
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    own = cloudpickle.dumps(TASKS.get(env_id, [None])[0])
+    words = sender, env_id, own, chunk_length, episodes, str(folder), prefix
+    with worker_context("spawn") as context:
+        process = context.Process(target=film_here, args=words)
+        process.start()
+    sender.close()
     try:
+        return receiver.recv()
+    except EOFError:
+        return "the renderer crashed"
+    finally:
+        process.join()
+
+
+def film_here(sender, env_id: str, own: bytes, chunk_length: int, episodes, folder, prefix):
+    """`film`, in its process. own: as for `make_chunked_env`, pickled."""
+    try:
+        if own := pickle.loads(own):
+            register_task(env_id, own, None)
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             os.environ.setdefault("MUJOCO_GL", "egl")
-        import ogbench  # noqa: F401: with a renderer
+        import ogbench  # noqa: F401 (with a renderer)
         from gymnasium.wrappers import RecordVideo
 
         size = {} if env_id in TASKS else dict(width=240, height=240)
         env = make_env(env_id, render_mode="rgb_array", **size)
-        env = RecordVideo(env, str(folder), episode_trigger=lambda _: True, name_prefix=prefix)
+        env.reset()
+        env.render()
+        if episodes:
+            env = RecordVideo(env, folder, episode_trigger=lambda _: True, name_prefix=prefix)
         for seed, chunks in episodes:
             env.reset(seed=seed)
             for action in chunks.reshape(len(chunks) * chunk_length, -1):
@@ -953,6 +1003,7 @@ def film_episodes(sender, env_id: str, chunk_length: int, episodes, folder: Path
         sender.send("")
     except Exception as error:
         sender.send(f"{type(error).__name__}: {one_line(error)}")
+
 
 
 # --------------------------------------------------------------------------------------- run files
@@ -972,6 +1023,7 @@ Positive = Range(f"greater than 0, and at most {MOST:,}", lambda x: 0 < x <= MOS
 NotNegative = Range(f"0 or greater, and at most {MOST:,}", lambda x: 0 <= x <= MOST)
 Fraction = Range("greater than 0 and at most 1", lambda x: 0 < x <= 1)
 Share = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+Threads = Range("from 0 to the number of cores", lambda x: 0 <= x <= (os.cpu_count() or 1))
 Seed = Range(f"between 0 and {2**32 - 1}", lambda x: 0 <= x < 2**32)
 
 
@@ -991,7 +1043,7 @@ class RunArgs:
     """continue the run in --run-dir from its checkpoint, with the settings stored there"""
     device: str = "auto"
     """cpu, cuda or cuda:N (CUDA_VISIBLE_DEVICES chooses too); auto: a GPU where there is one"""
-    num_threads: Annotated[int, NotNegative] = 0
+    num_threads: Annotated[int, Threads] = 0
     """CPU threads of torch; 0: as many as torch chooses"""
     compile: Literal["auto", "on", "off"] = "auto"
     """make the update's losses one compiled graph; auto: where the run is long enough for it"""
@@ -1034,10 +1086,13 @@ class RunArgs:
             path = getattr(self, name)
             try:
                 path.encode()
-                setattr(self, name, path and str(Path(path).expanduser().absolute()))
-            except (UnicodeError, RuntimeError) as error:
+                absolute = Path(path).expanduser().absolute()
+                absolute.exists()  # which raises for a path that cannot be
+                setattr(self, name, path and str(absolute))
+            except (UnicodeError, RuntimeError, ValueError, OSError) as error:
                 if name != "dataset_dir" or not self.dataset_path:  # which makes it unused
-                    raise UserError(f"{flag_of(name)} {path!a}: {error}; write it out") from error
+                    words = f"{flag_of(name)} {path[:200]!a}: {one_line(error)}"
+                    raise UserError(f"{words}; write another path") from error
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for allowed in getattr(hint, "__metadata__", ()):
@@ -1045,8 +1100,8 @@ class RunArgs:
                     numbers = value if isinstance(value, tuple) else (value,)
                     if not numbers or not all(map(allowed.holds, numbers)):
                         raise UserError(f"{flag_of(name)} must be {allowed.words}, not {value}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device}")
+        require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device),
+                f"--device must be auto, cpu, cuda or cuda:N, not {self.device}")
         if self.env_id not in TASKS:
             split_env_id(self.env_id)
 
@@ -1098,15 +1153,16 @@ def source_of(script: str, args) -> tuple[str, Path, str]:
 
 
 def run_script(file: str, main: Callable, args_class: type, settings: Callable):
-    """Parse the command line of a script (`__file__`) and run its `main`; what the user can mend ends
-    the program with one line and exit status 1."""
+    """Parse the command line of a script (`__file__`) and run its `main`; what the user can mend
+    ends the program with one line and exit status 1."""
     try:
         main(parse_args(Path(file).stem, args_class, settings))
+        print(end="", flush=True)  # here, where a closed pipe is told
     except UserError as error:
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit("error: " + " ".join(str(error).split()))
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit("error: what reads this program's output has ended; --resume goes on")
     except OSError as error:
         sys.exit(f"error: {error.filename or ''}: {error.strerror or error}".replace(" : ", " "))
     except (MemoryError, RuntimeError) as error:  # torch's own, on the CPU, is a plain RuntimeError
@@ -1122,9 +1178,9 @@ CHECKPOINTS = ("checkpoint.pt", "checkpoint_previous.pt")  # the newest, and the
 
 
 def read_checkpoint(path: Path, kind: str, flag: str) -> dict[str, Any]:
-    """A checkpoint as plain data and finite tensors on the CPU; nothing in it is executed. `kind`: the
-    script that must have written it, or "bc". Raises UserError, naming `flag`, where it cannot be
-    read or is another one, and says so where the one before it is whole."""
+    """A checkpoint as plain data and finite tensors on the CPU; nothing in it is executed. `kind`:
+    the script that must have written it, or "bc". Raises UserError, naming `flag`, where it cannot
+    be read or is another one, and says so where the one before it is whole."""
     if not path.is_file():
         raise UserError(f"{flag}: {path} {'is no file' if path.exists() else 'does not exist'}")
     try:
@@ -1132,7 +1188,7 @@ def read_checkpoint(path: Path, kind: str, flag: str) -> dict[str, Any]:
             if damaged := archive.testzip():  # torch reads a flipped bit as a number
                 raise ValueError(f"the checksum of its {damaged} is wrong")
         checkpoint = load_tensors(path)
-        found = checkpoint["kind"]
+        found, _ = checkpoint["kind"], checkpoint["args"].keys()
     except MemoryError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything
@@ -1141,9 +1197,10 @@ def read_checkpoint(path: Path, kind: str, flag: str) -> dict[str, Any]:
             with contextlib.suppress(UserError):
                 read_checkpoint(older, kind, flag)
                 way = f"{older} is whole: to go on from there, rename it to {path.name}"
-        raise UserError(f"{flag}: {path} is damaged or no checkpoint ({one_line(error)}); {way}") from error
-    if found != kind:
-        raise UserError(f"{flag}: {path} is a checkpoint of {found!r}, but one of {kind!r} is needed")
+        words = f"{flag}: {path} is damaged or no checkpoint ({one_line(error)}); {way}"
+        raise UserError(words) from error
+    what = f"{flag}: {path} is a checkpoint of {found!r}"
+    require(found == kind, f"{what}; one of {kind!r} is needed")
     return checkpoint
 
 
@@ -1171,12 +1228,13 @@ def write_checkpoint(path: Path, content: dict[str, Any], previous: Path | None 
     try:
         load_tensors(buffer)
     except Exception as error:
-        raise UserError(f"{path} is not written: it could not be read back ({one_line(error)})") from error
+        words = "it could not be read back; checkpoints hold tensors, numbers, texts, paths and "
+        raise UserError(f"{path}: {words}their containers ({one_line(error)})") from error
     write_atomically(path, buffer.getbuffer(), previous)
 
 
 def restore_state(value: Any, state: Any):
-    """Return a network, optimizer, generator or the like to a state. Raises where that does not fit."""
+    """Return a network, optimizer or generator to a state. Raises where that does not fit."""
     if isinstance(value, torch.Generator):
         value.set_state(state)
     elif isinstance(value, torch.optim.Optimizer):
@@ -1205,16 +1263,20 @@ class Run:
 
     def __init__(self, file: str, args: Any):
         args.check()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # an ASCII terminal
         self.script, self.args = Path(file).stem, args
         self.device = choose_device(args.device, args.num_threads, args.tf32)
         env = unplayed_env(args.env_id)
-        self.observation_dim, self.action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        self.observation_dim = env.observation_space.shape[0]
+        self.action_dim = env.action_space.shape[0]
         if args.track and importlib.util.find_spec("wandb") is None:
             raise UserError("--track needs Weights & Biases: pip install wandb")
         self.objects, self.state, self.done, self.data, self.config = {}, {}, {}, None, None
         self.rows, self.stage = {"train.csv": [], "eval.csv": []}, ""
-        self.evaluator = self.writer = self.lock = self.bad_since = self.wandb_id = None
-        self.stopping, self.watched = 0, []
+        self.evaluator = self.writer = self.lock = self.wandb_id = None
+        self.stopping, self.begun = 0, False
         self.began, self.seconds = time.perf_counter(), 0.0  # seconds: of earlier sittings
         name = f"{args.env_id}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         numbered = (Path("runs", name + f"-{n}" * bool(n)).absolute() for n in itertools.count())
@@ -1223,17 +1285,18 @@ class Run:
             self.go_on_from(*source_of(self.script, args))
         # A run that was killed at once leaves hidden files alone.
         empty = self.path.is_dir() and all(file.name[0] == "." for file in self.path.iterdir())
-        if not args.resume and not args.eval_only and self.path.exists() and not empty:
-            raise UserError(f"--run-dir: {self.path} is not empty; name another folder, or continue its "
-                            "run with --resume")
+        require(args.resume or args.eval_only or empty or not self.path.exists(),
+                f"--run-dir: {self.path} is not empty; name another folder, or continue its run "
+                "with --resume")
 
     def go_on_from(self, flag: str, path: Path, kind: str):
         """Take over the checkpoint that this run resumes, starts from or evaluates."""
         stored, self.source = read_checkpoint(path, kind, flag), f"{flag}: {path}"
         resumes, given = self.args.resume, vars(self.args)
         with self.fitting(self.source, "content"):
-            if domain_of(stored["args"]["env_id"]) != domain_of(self.args.env_id):
-                raise UserError(f"{self.source} is of {stored['args']['env_id']}: another domain")
+            there = stored["args"]["env_id"]
+            require(domain_of(there) == domain_of(self.args.env_id),
+                    f"{self.source} is of {there}, not of {self.args.env_id}'s domain")
             for key, value in stored["args"].items():
                 if resumes and key not in RESUME_MAY_CHANGE and given.get(key, value) != value:
                     raise UserError(f"{self.source} has {flag_of(key)} {value}, which {given[key]} "
@@ -1241,14 +1304,15 @@ class Run:
             *over, _ = [*stored["done"]] or [""]
             for stage, steps in {} if self.args.eval_only else stored["done"].items():
                 asked = given[f"{stage}_steps"]
-                if steps > asked or stage in over and 0 < steps < asked:
-                    raise UserError(f"{self.source}: the run has done {steps} {stage} steps; ask for at "
-                                    f"least as many, and for more only before the next stage")
+                require(steps == asked or steps < asked and (stage not in over or not steps),
+                        f"{self.source}: the run has done {steps} {stage} steps; ask for at least "
+                        "as many, and for more only before the next stage")
             same = stored["device"] == self.device.type
-            if resumes and stored["state"] and not same:
-                raise UserError(f"{self.source}: the run began on {stored['device']}, and only there "
-                                f"goes on exactly; use --device {stored['device']}")
-            self.done, self.state, self.data = dict(stored["done"]), dict(stored["state"]), stored["data"]
+            require(same or not resumes or not stored["state"],
+                    f"{self.source}: the run began on {stored['device']}, and only there goes on "
+                    f"exactly; use --device {stored['device']}")
+            self.done, self.state = dict(stored["done"]), dict(stored["state"])
+            self.data = stored["data"]
             self.rows = {name: [dict(row) for row in stored["rows"][name]] for name in self.rows}
             if resumes:
                 self.seconds, self.wandb_id = float(stored["seconds"]), stored["wandb_id"]
@@ -1261,14 +1325,15 @@ class Run:
         try:
             yield
         except UserError as error:
-            raise UserError(f"{source}: {error}") if isinstance(error, NotFinite) else error
+            raise type(error)(f"{source}: {error}") if type(error) is NotFinite else error from None
         except Exception as error:  # what a file holds can raise nearly anything
-            raise UserError(f"{source}: its {name} is damaged, or does not fit this run's networks, data "
-                            f"or environment ({one_line(error)}); use another") from error
+            words = "is damaged, or does not fit this run's networks, data or environment"
+            said = f"{source}: its {name} {words} ({one_line(error)}); use another"
+            raise UserError(said) from error
 
     def restore(self, **objects):
-        """Name what checkpoints hold: objects with a state_dict, or generators; where the run goes on
-        from a checkpoint, return them to its state. `agent` has a `noise_dim`."""
+        """Name what checkpoints hold: objects with a state_dict, or generators; where the run goes
+        on from a checkpoint, return them to its state. `agent` has a `noise_dim`."""
         self.objects |= objects
         for name in objects.keys() & self.state.keys():
             with self.fitting(self.source, name):
@@ -1279,14 +1344,14 @@ class Run:
         source = f"--bc-checkpoint: {self.args.bc_checkpoint}"
         stored = read_checkpoint(Path(self.args.bc_checkpoint), "bc", "--bc-checkpoint")
         with self.fitting(source, "policy"):
-            if stored["domain"] != domain_of(self.args.env_id):
-                raise UserError(f"{source} is of domain {stored['domain']}, not of {self.args.env_id}'s")
+            there, here = stored["domain"], domain_of(self.args.env_id)
+            require(there == here, f"{source} is of domain {there}, but this run is of {here}")
             clone.load_state_dict(stored["state"])
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, _):
         self.listen(False)
         if self.evaluator:
             self.evaluator.close(at_once=kind is not None)
@@ -1297,26 +1362,27 @@ class Run:
         if (kind is KeyboardInterrupt or self.stopping) and self.lock:
             print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
         if isinstance(error, NotFinite):
-            self.check_finite()  # an update that was not finite before is the cause, and named instead
-            raise UserError(f"{error}: training diverged, or the simulation did; {self.way_out()}") from error
+            raise UserError(f"{error}: training or the simulation diverged; {self.way_out()}")
 
     def open(self):
         """Make the folder, or open the one to resume: from here on the run can be resumed."""
         if self.lock:
             return
+        self.try_needs()
         make_folder(self.path, "--run-dir")
         self.lock = lock_file(self.path / ".lock", wait=False)
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         hardware = dict(cpu=cpu_name(), cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
         commit = git_commit(sys.modules[type(self.args).__module__])
-        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=commit, hardware=hardware)
+        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=commit,
+                       hardware=hardware)
         earlier = []
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             earlier = [*json.loads((self.path / "config.json").read_text())["sittings"]]
         packages = versions("torch", "numpy", "ogbench", "gymnasium", "mujoco")
+        packages |= dict(python=platform.python_version(), platform=platform.platform())
         self.record(script=self.script, args=vars(self.args), dataset=self.data, **sitting,
-                    versions=packages | dict(python=platform.python_version(), platform=platform.platform()),
-                    sittings=[*earlier, sitting])
+                    versions=packages, sittings=[*earlier, sitting])
         if not any((self.path / name).exists() for name in CHECKPOINTS):
             self.save()
         for name in self.rows:
@@ -1336,6 +1402,26 @@ class Run:
         lines = "".join(f"|{key}|{value}|\n" for key, value in vars(self.args).items())
         self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{lines}")
 
+    def try_needs(self):
+        """Try what a run needs only later, before long work. Raises UserError."""
+        parent = next(path for path in (self.path, *self.path.parents) if path.exists())
+        weights = [x for x in self.objects.get("agent", torch.nn.Module()).parameters()]
+        need = 8 * sum(x.numel() * x.element_size() for x in weights)  # two, each with moments
+        require(shutil.disk_usage(parent).free > need, f"--run-dir: {parent} has no room for two "
+                f"checkpoints of {need / 2**31:.1f} GiB; name another folder")
+        try:
+            with worker_context() as context:
+                process = context.Process(target=follow_the_parent)
+                process.start()
+            process.join()
+            require(process.exitcode == 0, f"worker processes fail (exit {process.exitcode})")
+        except OSError as error:
+            raise UserError(f"worker processes cannot be started: {one_line(error)}") from error
+        if self.args.capture_video:
+            said = film(self.args.env_id, self.args.chunk_length, [], self.path, "")
+            require(not said, f"--capture-video: no renderer works here ({said}); install EGL "
+                    "(libegl1) or leave it out")
+
     def record(self, **facts):
         """Add facts to config.json."""
         self.config = (self.config or {}) | facts
@@ -1343,34 +1429,40 @@ class Run:
         write_atomically(self.path / "config.json", content.encode())
 
     def load_dataset(self) -> ChunkDataset:
-        """`load_dataset` with this run's settings; says what it is. Raises UserError."""
+        """`load_dataset` with this run's settings. Raises UserError."""
         args, began = self.args, self.data if self.args.resume else None
         if args.collect_episodes and not args.dataset_path and args.env_id not in TASKS:
             name = split_env_id(args.env_id)[1]
             rows = args.collect_episodes * (official_size(name)[1] - 1)
-            if max(args.batch_size, args.chunk_length) > rows:
-                raise UserError(f"--batch-size and --chunk-length must be at most the {rows} transitions "
-                                "that are collected")
+            require(max(args.batch_size, args.chunk_length) <= rows, "--batch-size and "
+                    f"--chunk-length must be at most the {rows} transitions that are collected")
+            make_folder(Path(args.dataset_dir), "--dataset-dir")
             path = collected_path(name, args.collect_episodes, args.collect_seed, args.dataset_dir)
             if can_collect(name) and not path.exists():
                 self.open()  # collecting is long; what is there is checked before a folder is made
-        same = "dataset_path", "dataset_dir", "collect_episodes", "collect_seed", "chunk_length", "gamma"
-        dataset, self.data = load_dataset(args.env_id, **{key: getattr(args, key) for key in same},
-                                          sparse=args.sparse_reward, device=self.device)
-        if args.batch_size > dataset.size:
-            raise UserError(f"--batch-size {args.batch_size} is larger than {dataset.size} transitions")
+        dataset, self.data = load_dataset(
+            args.env_id, chunk_length=args.chunk_length, gamma=args.gamma,
+            sparse=args.sparse_reward, device=self.device, dataset_path=args.dataset_path,
+            dataset_dir=args.dataset_dir, collect_episodes=args.collect_episodes,
+            collect_seed=args.collect_seed)
+        require(args.batch_size <= dataset.size, f"--batch-size {args.batch_size} is larger than "
+                f"the dataset's {dataset.size} transitions")
         if began and began["sha256"] != self.data["sha256"]:
             raise UserError(f"--resume: the run began on {describe_dataset(began)}, and this is "
                             f"{describe_dataset(self.data)}")
+        return dataset
+
+    def begin(self):
+        """Open the folder, and say what is trained on what."""
+        self.begun = True
         self.open()
         self.record(dataset=self.data)
         print(f"run: {self.path}")
-        print("settings:", ", ".join(f"{key} {x}" for key, x in vars(args).items() if x != ""))
+        print("settings:", ", ".join(f"{key} {x}" for key, x in vars(self.args).items() if x != ""))
         share = self.data["success_fraction"]
         print(f"data: {describe_dataset(self.data)}; the task is done in {share:.2%} of its rows")
         if not share:
             print("note: no row of the data solves this task, so its reward is never the highest")
-        return dataset
 
     def enters(self, stage: str) -> bool:
         """Whether a stage begins now, and had not before this run was resumed."""
@@ -1379,22 +1471,24 @@ class Run:
         return begins
 
     def steps(self, stage: str, total: int):
-        """The numbers of a stage's steps that are left, up to `total`; call `after` at the end of each.
-        Meanwhile a first Ctrl-C or SIGTERM only asks to save and stop."""
+        """The numbers of a stage's steps that are left, up to `total`; call `after` at the end of
+        each. Meanwhile a first Ctrl-C or SIGTERM only asks to save and stop."""
+        if not self.begun:
+            self.begin()
         self.enters(stage)
         if stage != [*self.done][-1]:
             return  # it is over
         self.listen(True)
         self.stage, self.total, self.logged = stage, total, (time.perf_counter(), self.done[stage])
         left = range(self.done[stage] + 1, total + 1)
-        with tqdm(left, stage, total, initial=self.done[stage], unit="step", disable=not left,
-                  **PROGRESS) as self.bar:
+        with tqdm(left, stage, total, initial=self.done[stage], unit="step",
+                  **PROGRESS | dict(disable=not left or PROGRESS["disable"])) as self.bar:
             for step in self.bar:
                 self.done[stage] = step
                 yield step
 
     def listen(self, on: bool):
-        """Whether a first Ctrl-C or SIGTERM only asks to save and stop; else they end the program."""
+        """Whether a first Ctrl-C or SIGTERM only asks to save and stop, or ends the program."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.ask_to_stop if on else signal.default_int_handler)
@@ -1403,13 +1497,13 @@ class Run:
         self.stopping = number
         self.listen(False)
         # Not print, which the signal may have interrupted.
-        os.write(2, b"\nstopping after this step, or this evaluation; once more ends at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step, or evaluation; once more ends at once\n")
 
     def after(self, statistics: dict[str, Any], policy: Callable | None = None):
         """After a step: log, evaluate the policy and save, where that is due. Without a policy the
         stage's last step is not saved: what begins after it calls `evaluate_and_save`."""
         args, step, last = self.args, self.done[self.stage], self.done[self.stage] == self.total
-        self.watch(statistics)
         if last or step % args.log_interval == 0:
             self.log(statistics)
         if policy and (last or step % args.eval_interval == 0):
@@ -1417,30 +1511,13 @@ class Run:
         elif not last and (step % args.checkpoint_interval == 0 or self.stopping):
             self.save()
 
-    def watch(self, statistics: dict[str, Any]):
-        """Note, on the device and without waiting for it, the first step at which each statistic was
-        not finite."""
-        tensors = {key: x for key, x in statistics.items() if isinstance(x, torch.Tensor)}
-        if tensors:
-            finite = torch.isfinite(torch.stack([*tensors.values()]))  # [n]
-            if self.watched != [*tensors]:
-                self.watched, self.bad_since = [*tensors], torch.full_like(finite, MOST + 1, dtype=torch.int64)
-            since = self.bad_since.clamp(max=self.done[self.stage])
-            self.bad_since = torch.where(finite, self.bad_since, since)
-
-    def check_finite(self, weights: dict[str, torch.Tensor] | None = None):
-        """Raise UserError, with its name and step, for the first statistic that was not finite, or
-        else for the first of `weights`. Waits for the device."""
-        steps = self.bad_since.tolist() if self.watched else []
-        step, bad = min(steps, default=MOST + 1), None
-        if step <= MOST:
-            bad = self.watched[steps.index(step)]
-        elif weights:
-            step = self.done.get(self.stage, 0)
-            bad = next((name for name, x in weights.items() if not torch.isfinite(x).all()), None)
-        if bad:
-            where = f"{bad} is not finite at step {step} of {self.stage}"
-            raise UserError(f"{where}: training diverged; {self.way_out()}")
+    def check_finite(self, numbers: dict[str, Any]):
+        """Raise UserError, with its name and step, for the first that is not finite. Waits for the
+        device."""
+        for name, x in numbers.items():
+            if not torch.isfinite(torch.as_tensor(x)).all():
+                where = f"{name} is not finite at step {self.done[self.stage]} of {self.stage}"
+                raise UserError(f"{where}: training diverged; {self.way_out()}")
 
     def way_out(self) -> str:
         """What to do after something was not finite, in words."""
@@ -1449,8 +1526,8 @@ class Run:
         return f"try a lower --learning-rate in a new run ({before} from before it)"
 
     def log(self, statistics: dict[str, Any]):
-        """Write a row of train.csv, and to TensorBoard, for the newest step. Waits for the device."""
-        self.check_finite()
+        """Write a row of train.csv for the newest step. Waits for the device."""
+        self.check_finite(statistics)
         (then, before), step = self.logged, self.done[self.stage]
         self.logged = now, _ = time.perf_counter(), step
         row = statistics | {"charts/SPS": (step - before) / (now - then)}
@@ -1479,7 +1556,6 @@ class Run:
     def evaluate_and_save(self, policy: Callable):
         """Evaluate a policy (see `Evaluator`) for eval.csv and the learning curve; save."""
         paused = time.perf_counter()
-        self.check_finite()
         stage = next((stage for stage, steps in reversed(self.done.items()) if steps), "bc")
         scores = self.evaluate(policy, f"at step {self.done[stage]} of {stage}, ")
         self.append("eval.csv", stage, self.done[stage], scores)
@@ -1502,26 +1578,31 @@ class Run:
             raise NotFinite(f"{when}{error}") from error
 
     def evaluate_only(self, policy: Callable):
-        """Evaluate args.checkpoint's policy and print the result; with args.capture_video, film it."""
-        require(len(self.done) > 1, f"{self.source} is of a run that was still cloning: it holds no "
-                "policy to evaluate yet")
+        """Evaluate args.checkpoint's policy, print the result, and film it, if asked for."""
+        require(len(self.done) > 1, f"{self.source} is of a run that was still cloning: it holds "
+                "no policy to evaluate yet")
         scores = self.evaluate(policy, f"{self.source}: ")
         print(f"{self.args.env_id}, {scores['episodes']} episodes: {show(scores)}")
         if self.args.capture_video:
             self.film(Path(self.args.checkpoint).parent)
 
     def film(self, folder: Path):
+        """Film the first episodes of the last evaluation, under a name that says of which step."""
         stage = next((stage for stage, steps in reversed(self.done.items()) if steps), "bc")
-        name = f"{stage}-{self.done.get(stage, 0)}-seed{self.args.seed}"
-        self.evaluator.film(folder / "videos", name)  # a film of another step stays
+        name, args = f"{stage}-{self.done.get(stage, 0)}-seed{self.args.seed}", self.args
+        episodes = [(seed, np.stack(x)) for seed, x in
+                    zip(self.evaluator.seeds[:3], self.evaluator.executed)]
+        folder = folder / "videos"
+        said = film(args.env_id, args.chunk_length, episodes, folder, name)
+        print(f"no video: {said}" if said else f"video: {folder}/{name}*.mp4")
 
     def save(self):
-        """Write checkpoint.pt: the state of all that `restore` was given, once a stage began. Ends the
-        program where a signal asked for that."""
+        """Write checkpoint.pt: the state of all that `restore` was given, once a stage began. Ends
+        the program where a signal asked for that."""
         state = {}
         for name, x in self.objects.items() if self.done else ():
             state[name] = x.get_state() if isinstance(x, torch.Generator) else x.state_dict()
-        self.check_finite(state.get("agent"))
+        self.check_finite(state.get("agent", {}))
         newest, previous = (self.path / name for name in CHECKPOINTS)
         content = dict(kind=self.script, args=vars(self.args), done=self.done, rows=self.rows,
                        data=self.data, device=self.device.type, seconds=self.elapsed(),
@@ -1531,25 +1612,27 @@ class Run:
             sys.exit(128 + self.stopping)
 
     def save_clone(self, clone: torch.nn.Module):
-        """Write bc_checkpoint.pt: the cloned policy, for all tasks of the domain and all scripts."""
+        """Write bc_checkpoint.pt: the cloned policy, for all tasks of the domain, all scripts."""
         self.check_finite(clone.state_dict())
-        content = dict(kind="bc", domain=domain_of(self.args.env_id), args=vars(self.args), data=self.data)
-        write_checkpoint(self.path / "bc_checkpoint.pt", content | dict(state=clone.state_dict()))
+        content = dict(kind="bc", domain=domain_of(self.args.env_id), args=vars(self.args),
+                       data=self.data, state=clone.state_dict())
+        write_checkpoint(self.path / "bc_checkpoint.pt", content)
 
     def elapsed(self) -> float:
         """Seconds this run has taken, all sittings together."""
         return self.seconds + time.perf_counter() - self.began
 
     def draw(self):
-        """learning_curve.png: success (return, where there is none) of fine-tuning beside the clone's,
-        and what was logged under trust_region/, by its name."""
-        from matplotlib.figure import Figure
-
+        """learning_curve.png: success (return, where there is none) of fine-tuning beside the
+        clone's, and what was logged under trust_region/, by its name."""
+        with patch.dict(os.environ):  # which no screen's backend shall stop
+            os.environ.pop("MPLBACKEND", None)
+            from matplotlib.figure import Figure
         figure = Figure(figsize=(12, 4), layout="constrained")
         score, region = figure.subplots(1, 2)
-        before = {"bc": None, "offline": 0, "online": self.done.get("offline", 0)}
+        before = {"offline": 0, "online": self.done.get("offline", 0)}
         evals = self.rows["eval.csv"]
-        place = [(before[row["stage"]] or 0) + row["step"] * (row["stage"] != "bc") for row in evals]
+        place = [0 if row["stage"] == "bc" else before[row["stage"]] + row["step"] for row in evals]
         key = next(key for key in SCORES if key in evals[-1])
         y, e = (np.array([row.get(k, 0.0) for row in evals]) for k in (key, f"{key}_stderr"))
         score.plot(place, y, marker="o", ms=3, label=f"{self.script} (band: standard error)")
@@ -1572,7 +1655,8 @@ class Run:
             axis.grid(alpha=0.3)
         title = f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.data)}"
         figure.suptitle(title, fontsize=9)
-        write_atomically(self.path / "learning_curve.png", functools.partial(figure.savefig, dpi=110))
+        picture = functools.partial(figure.savefig, dpi=110)
+        write_atomically(self.path / "learning_curve.png", picture)
 
     def finish(self, policy: Callable):
         """Film the last evaluation, if asked for, and print what the run came to."""
@@ -1583,11 +1667,11 @@ class Run:
             self.film(self.path)
         print(f"\n{self.args.env_id}, seed {self.args.seed}; {describe_dataset(self.data)}")
         for row in {row["stage"]: row for row in self.rows["eval.csv"]}.values():  # each one's last
-            label = "behaviour cloning" if row["stage"] == "bc" else f"{row['stage']} {row['step']:,}"
-            print(f"{label:20}{show(row)}")
+            stage = {"bc": "behaviour cloning"}.get(row["stage"], f"{row['stage']} {row['step']:,}")
+            print(f"{stage:20}{show(row)}")
         last = next((row for row in self.rows["train.csv"][::-1] if row["stage"] != "bc"), {})
-        region = {key.partition("/")[2]: x for key, x in last.items() if key.startswith("trust_region/")}
-        print(", ".join(f"{key} {value:.3g}" for key, value in region.items()))
+        region = [key for key in last if key.startswith("trust_region/")]
+        print(", ".join(f"{key.partition('/')[2]} {last[key]:.3g}" for key in region))
         print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
 
 
@@ -1596,22 +1680,22 @@ SCORES = ("success", "return", "length")
 
 def show(scores: dict[str, Any]) -> str:
     """Scores with their standard errors, where those are known, in words."""
-    error = {key: f" ± {scores[f'{key}_stderr']:.2f}" for key in SCORES if f"{key}_stderr" in scores}
-    return ", ".join(f"{key} {scores[key]:.2f}{error.get(key, '')}" for key in SCORES if key in scores)
+    errors = {key: scores.get(f"{key}_stderr") for key in SCORES}
+    words = {key: f" ± {error:.2f}" for key, error in errors.items() if error is not None}
+    return ", ".join(f"{k} {scores[k]:.2f}{words.get(k, '')}" for k in SCORES if k in scores)
 
 
 def choose_device(device: str, num_threads: int = 0, tf32: bool = False) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device, set to `num_threads` (0: torch's choice) and, a
-    GPU, to TF32 products or exact ones. Raises UserError where it is absent."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device, set to `num_threads` (0: torch's choice)
+    and, a GPU, to TF32 products or exact ones. Raises UserError where it is absent."""
     if num_threads:
         torch.set_num_threads(num_threads)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = int(device.partition(":")[2] or 0)
     if device == "cpu" or device == "auto" and not count:
         return torch.device("cpu")
-    if number >= count:
-        raise UserError(f"--device {device}: torch finds {count} CUDA GPUs here; use --device cpu, or "
-                        "install a CUDA build of torch")
+    require(number < count, f"--device {device}: torch finds {count} CUDA GPUs here; use --device "
+            "cpu, or install a CUDA build of torch")
     torch.cuda.set_device(number)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     return torch.device("cuda", number)
@@ -1631,7 +1715,7 @@ def compiled(function: Callable, choice: str, updates: int, device: torch.device
     except Exception as error:  # no compiler, none of its headers, no Triton: each in its own way
         words = f"torch.compile does not work here ({one_line(error)})"
         if choice == "on":
-            raise UserError(f"--compile on: {words}; install a C++ compiler, or leave it out") from error
+            raise UserError(f"--compile on: {words}; install a C++ compiler") from error
         print(f"not compiled, so slower: {words}")
         return function
     print("the update is compiled, a minute or two before the first one (--compile off: not)")
@@ -1685,15 +1769,15 @@ class CudaGraph:
                     first = error
                     raise
         except Exception as error:
-            print("note: the update is launched step by step, and so slower, since recording it as a CUDA "
-                  f"graph failed: {one_line(first or error)} (--no-cuda-graph: no attempt)")
+            print("note: the update is launched bit by bit, and so slower: recording it as a CUDA "
+                  f"graph failed, {one_line(first or error)} (--no-cuda-graph: no attempt)")
             self.graph = None
 
 
 def write_atomically(path: Path, content: Any, previous: Path | None = None):
-    """Write bytes, or what a function writes to a binary file, so that at any moment `path` holds the
-    whole old content or the whole new one. previous: where the old one is kept; for a moment it is
-    there alone. Raises UserError where the disk is full or not writable."""
+    """Write bytes, or what a function writes to a binary file, so that at any moment `path` holds
+    the whole old content or the whole new one. previous: where the old one is kept; for a moment it
+    is there alone. Raises UserError where the disk is full or not writable."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1715,7 +1799,8 @@ def make_folder(path: Path, flag: str):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"{flag}: {path} cannot be written to ({error.strerror}); name another folder") from error
+        words = f"{flag}: {path} cannot be written to ({error.strerror}); name another folder"
+        raise UserError(words) from error
 
 
 def lock_file(path: Path, wait: bool):
@@ -1725,8 +1810,8 @@ def lock_file(path: Path, wait: bool):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if not wait:
-            raise UserError(f"--run-dir: another process is running in {path.parent}; wait for it, or "
-                            "name another") from error
+            raise UserError(f"--run-dir: another process is running in {path.parent}; wait for it, "
+                            "or name another folder") from error
         print(f"waiting for another process, which holds {path}", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
@@ -1734,15 +1819,17 @@ def lock_file(path: Path, wait: bool):
 
 @contextlib.contextmanager
 def worker_context(method: str = "forkserver"):
-    """How worker processes start: from a small server that imported this module and OGBench and never
-    touched the GPU, or spawned; in either case without running the user's own program again."""
+    """How worker processes start: from a small server that imported this module and OGBench and
+    never touched the GPU, or spawned; either way without running the user's own program again."""
     context = multiprocessing.get_context(method)
     known = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     own = {"PYTHONPATH": os.pathsep.join(known)}
-    own |= {"MUJOCO_GL": "disable"} if method == "forkserver" else {}  # see `import_ogbench`
+    own |= {"MUJOCO_GL": "disable"} if method == "forkserver" else {}  # as `renders_nothing`
+    # A socket's path must be short, whatever TMPDIR is.
+    short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     # By these two names a worker would find the program that started it, and run it.
     unnamed = patch.dict(vars(sys.modules["__main__"]), __file__=None, __spec__=None)
-    with patch.dict(os.environ, own), unnamed:
+    with patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed:
         if method == "forkserver":
             context.set_forkserver_preload(["common", "ogbench"])
             multiprocessing.forkserver.ensure_running()
@@ -1750,8 +1837,8 @@ def worker_context(method: str = "forkserver"):
 
 
 def follow_the_parent():
-    """In a worker process: leave Ctrl-C, which reaches all processes at once, to the parent, and end
-    when that ends, even if it is killed."""
+    """In a worker process: leave Ctrl-C, which reaches all processes at once, to the parent, and
+    end when that ends, even if it is killed."""
     parent = multiprocessing.parent_process()
     if parent and not getattr(parent, "is_followed", False):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1782,7 +1869,8 @@ def file_hash(path: Path) -> str:
 def git_commit(program: Any = None) -> str | None:
     """Commit of the code that runs, with "+changes" where its tree differs from it or does not hold
     the module `program`; None outside a git checkout."""
-    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = functools.partial(subprocess.run, **here)
     with contextlib.suppress(OSError):
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
         changes = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()

@@ -8,6 +8,9 @@ import numpy as np
 import ogbench
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ogbench.relabel_utils import relabel_dataset
 
 import common
 
@@ -20,7 +23,7 @@ def file_of_episodes(lengths, seed=0, observation_dim=3, action_dim=2):
     terminals[np.cumsum(lengths) - 1] = True
     return dict(
         observations=rng.normal(size=(rows, observation_dim)).astype(np.float32),
-        actions=rng.uniform(-1.2, 1.2, size=(rows, action_dim)).astype(np.float32),
+        actions=rng.uniform(-1, 1, size=(rows, action_dim)).astype(np.float32),
         rewards=rng.choice([-2.0, -1.0, 0.0], size=rows).astype(np.float32),
         masks=rng.choice([0.0, 1.0], size=rows, p=[0.2, 0.8]).astype(np.float32),
         terminals=terminals,
@@ -28,7 +31,8 @@ def file_of_episodes(lengths, seed=0, observation_dim=3, action_dim=2):
 
 
 def slow_chunk(data, start, chunk_length, gamma, sparse):
-    """One chunk by the definition, step after step, on transitions with their next observations stored."""
+    """One chunk by the definition, step after step, on transitions with their next observations
+    stored."""
     last = data["terminals"].astype(bool)
     rows = np.flatnonzero(~last)  # a transition is a row that is not an episode's last
     is_end = last[rows + 1]
@@ -43,7 +47,9 @@ def slow_chunk(data, start, chunk_length, gamma, sparse):
             mask = min(mask, data["masks"][rows[start + j]])
             next_observation = data["observations"][rows[start + j] + 1]
         ended = ended or is_end[start + j]
-    actions = data["actions"][rows[start : start + chunk_length]].clip(-1 + 1e-5, 1 - 1e-5).reshape(-1)
+    actions = (
+        data["actions"][rows[start : start + chunk_length]].clip(-1 + 1e-5, 1 - 1e-5).reshape(-1)
+    )
     return data["observations"][rows[start]], actions, total, mask, next_observation, float(valid)
 
 
@@ -64,69 +70,223 @@ def test_batches_are_those_of_the_slow_version(lengths, chunk_length, sparse):
         assert 0 < batch.valid.mean() < 1  # ends inside chunks did occur
 
 
+# ----------------------------------------------------------------------- transitions in the usual
+# layout
+
+
+@st.composite
+def transitions(draw):
+    """Random episodes as Gymnasium has them: N transitions, each with its own next observation."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
+    ends = [draw(st.sampled_from(["terminated", "truncated", "both"])) for _ in lengths]
+    rng, rows = np.random.default_rng(draw(st.integers(0, 2**32 - 1))), []
+    for length, end in zip(lengths, ends):
+        states = rng.normal(size=(length + 1, 3))
+        for step in range(length):
+            last = step == length - 1
+            rows.append(
+                (
+                    states[step],
+                    rng.uniform([-2, 0], [2, 5]),
+                    rng.normal(),
+                    states[step + 1],
+                    last and end != "truncated",
+                    last and end != "terminated",
+                )
+            )
+    return [np.array(column) for column in zip(*rows)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(transitions(), st.integers(1, 5), st.sampled_from([0.9, 1.0]), st.booleans())
+def test_every_transition_comes_back(arrays, chunk_length, gamma, as_lists):
+    """Against a loop over each episode: observations, actions, returns, masks and next
+    observations."""
+    s, a, r, following, terminated, truncated = arrays
+    n = len(r)
+    words = dict(
+        low=np.array([-2, 0]), high=np.array([2, 5]), chunk_length=chunk_length, gamma=gamma
+    )
+    given_arrays = [array.tolist() for array in arrays] if as_lists else arrays
+    if chunk_length > n:
+        with pytest.raises(ValueError, match="no chunk"):
+            common.ChunkDataset.from_transitions(*given_arrays, **words)
+        return
+    dataset = common.ChunkDataset.from_transitions(*given_arrays, **words)
+    assert dataset.size == n
+    batch = dataset.chunks(torch.arange(n - chunk_length + 1))
+    scaled = ((a - [-2, 0]) / [4, 5] * 2 - 1).clip(-1 + 1e-5, 1 - 1e-5)
+    for i in range(n - chunk_length + 1):
+        total, mask, last, valid = 0.0, 1.0, i, 1.0
+        for j in range(chunk_length):
+            total, mask, last = total + gamma**j * r[i + j], mask * (not terminated[i + j]), i + j
+            if (terminated | truncated)[i + j]:
+                valid = float(j == chunk_length - 1)
+                break
+        np.testing.assert_allclose(batch.observation[i], s[i], rtol=1e-6)
+        np.testing.assert_allclose(batch.action[i], scaled[i : i + chunk_length].ravel(), atol=1e-6)
+        np.testing.assert_allclose(batch.reward[i], total, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(batch.next_observation[i], following[last], rtol=1e-6)
+        assert batch.mask[i] == mask and batch.valid[i] == valid
+
+
+def usual(**changes):
+    """Two episodes of three transitions, the second of which terminates, with arrays replaced."""
+    states = np.arange(8.0).reshape(8, 1)
+    arrays = dict(
+        observations=states[[0, 1, 2, 4, 5, 6]],
+        actions=np.zeros((6, 2)),
+        rewards=np.array([0, 0, 0, 0, 0, 1.0]),
+        next_observations=states[[1, 2, 3, 5, 6, 7]],
+        terminated=np.arange(6) == 5,
+        truncated=np.arange(6) == 2,
+        low=-1,
+        high=1,
+        chunk_length=2,
+        gamma=0.9,
+    )
+    return arrays | changes
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(actions=np.full((6, 2), 1.5)), r"not in \[-1, 1\]: scale them"),
+        (dict(rewards=np.zeros((6, 1))), r"rewards must be \[N\]"),
+        (dict(actions=np.zeros(6)), r"actions must be \[N, ...\]"),
+        (dict(observations=np.zeros((5, 1))), "observations must be"),
+        (dict(terminated=np.zeros(6)[:4]), "terminated must be"),
+        (dict(truncated=np.zeros(6)), r"next_observations\[2\] is not the row after it"),
+        (dict(low=2), "must be below high"),
+        (dict(high=np.inf), "both finite"),
+        (dict(rewards=np.full(6, np.nan)), "rewards is not finite"),
+        (dict(chunk_length=7), "6 transitions hold no chunk of length 7"),
+    ],
+)
+def test_transitions_that_cannot_be_meant_are_refused(change, words):
+    common.ChunkDataset.from_transitions(**usual())
+    with pytest.raises(ValueError, match=words):
+        common.ChunkDataset.from_transitions(**usual(**change))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(terminals=np.zeros(15)), "marks no episode's end"),
+        (
+            dict(masks=1.0 - (np.arange(15) % 5 == 4)),
+            "every mask 0 stands at an episode's last row",
+        ),
+        (
+            dict(rewards=1.0 * (np.arange(15) % 5 == 4)),
+            "every reward stands at an episode's last row",
+        ),
+        (dict(observations=np.full((15, 3), np.inf)), "observations is not finite"),
+        (dict(actions=np.full((15, 2), -1.01)), "from_transitions does"),
+        (dict(actions=np.zeros(15)), r"actions must be \[M, ...\]"),
+        (dict(rewards=np.zeros((15, 1))), "rewards must be"),
+        (dict(masks=np.ones(14)), "masks must be"),
+        (dict(observations=np.zeros((14, 3))), "observations must be"),
+    ],
+)
+def test_arrays_that_cannot_be_meant_are_refused(change, words):
+    arrays = file_of_episodes((5, 5, 5))
+    common.ChunkDataset(**arrays, chunk_length=2, gamma=0.9)
+    with pytest.raises(ValueError, match=words):
+        common.ChunkDataset(**(arrays | change), chunk_length=2, gamma=0.9)
+
+
+def test_lists_and_tensors_are_as_good_as_arrays():
+    arrays = file_of_episodes((6, 5))
+    first, *others = (
+        common.ChunkDataset(
+            **{key: make(x) for key, x in arrays.items()}, chunk_length=2, gamma=0.9
+        )
+        for make in (np.asarray, np.ndarray.tolist, torch.from_numpy)
+    )
+    for other in others:
+        ours, theirs = (dataset.chunks(torch.arange(8)) for dataset in (first, other))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert not arrays["terminals"][-2] and arrays["terminals"][-1]  # what was given is not changed
+
+
+# ----------------------------------------------------------------------------------- a dataset that
+# grows
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("stop", [1, 4, 5, 11, 12])  # within, and at the end of, online episodes
-def test_a_buffer_that_grew_equals_one_of_the_same_rows(stop, sparse, tmp_path):
+def test_a_dataset_that_grew_equals_one_of_the_same_rows(stop, sparse):
     offline, online = file_of_episodes((6, 9)), file_of_episodes((5, 2, 8), seed=1)
-    settings = dict(chunk_length=3, gamma=0.9, sparse=sparse)
+    words = dict(chunk_length=3, gamma=0.9, sparse=sparse)
     for data in (offline, online):
-        data["actions"] = data["actions"].clip(-0.9, 0.9)  # a dataset's actions are clipped, online ones are kept
-    buffer = common.ReplayBuffer(**offline, **settings)
-    buffer.make_room(20)
+        data["actions"] = data["actions"].clip(
+            -0.9, 0.9
+        )  # a dataset's are clipped, online ones kept
+    grown = common.ChunkDataset(**offline, **words)
+    grown.make_room(12)
     transitions = []
     for row in np.flatnonzero(~online["terminals"]):
         rows = [online[key][row] for key in ("observations", "actions", "rewards", "masks")]
         transitions.append((*rows, online["observations"][row + 1], online["terminals"][row + 1]))
-    for number, transition in enumerate(transitions[:stop]):
-        buffer.append(*transition)
-        if number in (1, 2, 6):  # a save holds only what is new since the one before
-            before = (tmp_path / "replay.bin").stat().st_size if number > 1 else 0
-            state, rows = buffer.save(tmp_path / "replay.bin"), buffer.saved_rows
-            assert (tmp_path / "replay.bin").stat().st_size == 4 * (3 + 2 + 1 + 1) * rows > before
-    appended = np.flatnonzero(~online["terminals"])[stop - 1] + 2  # rows of the file that are in the buffer by now
+    for transition in transitions[:stop]:
+        grown.append(*transition)
+    appended = (
+        np.flatnonzero(~online["terminals"])[stop - 1] + 2
+    )  # rows of the file that are there now
     data = {key: np.concatenate([offline[key], online[key][:appended]]) for key in offline}
-    same = common.ChunkDataset(**data, **settings)
-    assert buffer.size == same.size == 13 + stop
+    same = common.ChunkDataset(**data, **words)
+    assert grown.size == same.size == 13 + stop
     starts = torch.arange(same.size - 2)
-    for ours, expected in zip(buffer.chunks(starts), same.chunks(starts), strict=True):
+    for ours, expected in zip(grown.chunks(starts), same.chunks(starts), strict=True):
         assert torch.equal(ours, expected)
 
-    state = buffer.save(tmp_path / "replay.bin")
-    copy = common.ReplayBuffer(**offline, **settings)
-    copy.make_room(20)
-    copy.load(tmp_path / "replay.bin", state)
-    assert (copy.size, copy.episodes) == (buffer.size, buffer.episodes)
+    copy = common.ChunkDataset(**offline, **words)
+    copy.make_room(12)
+    copy.load_state_dict(grown.state_dict())
+    assert (copy.size, copy.episodes) == (grown.size, grown.episodes)
     if stop < len(transitions):
-        for grown in (copy, buffer):  # both go on alike
-            grown.append(*transitions[stop])
-        assert all(torch.equal(a, b) for a, b in zip(copy.chunks(starts + 1), buffer.chunks(starts + 1)))
+        for dataset in (copy, grown):  # both go on alike
+            dataset.append(*transitions[stop])
+        batches = zip(copy.chunks(starts + 1), grown.chunks(starts + 1))
+        assert all(torch.equal(a, b) for a, b in batches)
 
 
-def test_a_replay_file_that_was_cut_changed_or_lost_is_not_read(tmp_path):
-    buffer, path = common.ReplayBuffer(**file_of_episodes((6,)), chunk_length=3, gamma=0.9), tmp_path / "replay.bin"
-    buffer.make_room(4)
-    assert buffer.save(path)["rows"] == 0 and not path.exists()
-    for _ in range(4):
-        buffer.append(np.zeros(3), np.zeros(2), -1.0, 1.0, np.ones(3), done=True)
-    state = buffer.save(path)
-    whole = path.read_bytes()
-    buffer.load(path, state)
-    path.write_bytes(whole + b"rows of a run that was stopped before its next checkpoint")
-    buffer.load(path, state)
-    for damage in (whole[:-1], whole[:9] + b"x" + whole[10:], None):
-        path.write_bytes(damage) if damage is not None else path.unlink()
-        with pytest.raises(common.UserError, match="replay.bin is damaged or missing"):
-            buffer.load(path, state)
+def test_room_is_made_even_for_episodes_of_one_step():
+    dataset = common.ChunkDataset(**file_of_episodes((6,)), chunk_length=1, gamma=0.9)
+    dataset.make_room(4)
+    for value in range(4):
+        dataset.append(
+            np.full(3, value), np.zeros(2), -1.0, 1.0, np.full(3, value + 0.5), done=True
+        )
+    batch = dataset.chunks(torch.arange(5, 9))
+    assert batch.observation[:, 0].tolist() == [0, 1, 2, 3]
+    assert batch.next_observation[:, 0].tolist() == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_a_state_whose_episodes_do_not_follow_each_other_is_refused():
+    dataset = common.ChunkDataset(**file_of_episodes((6,)), chunk_length=1, gamma=0.9)
+    dataset.make_room(4)
+    for _ in range(3):
+        dataset.append(np.zeros(3), np.zeros(2), -1.0, 1.0, np.zeros(3), done=True)
+    state = dataset.state_dict()
+    for damaged in ({"ends": state["ends"].flip(0)}, {"masks": state["masks"][:-1]}):
+        with pytest.raises((ValueError, RuntimeError)):
+            dataset.load_state_dict(state | damaged)
 
 
 def test_balanced_batches_are_half_of_each_part():
-    buffer = common.ReplayBuffer(**file_of_episodes((50,)), chunk_length=3, gamma=0.9)
+    buffer = common.ChunkDataset(**file_of_episodes((50,)), chunk_length=3, gamma=0.9)
     buffer.make_room(5)
     for value in range(5):
         buffer.append(np.full(3, 100.0 + value), np.zeros(2), 0.0, 1.0, np.zeros(3), done=False)
     first = buffer.sample_balanced(1001, torch.Generator().manual_seed(0)).observation[:, 0]
     assert (first < 50).sum() == 500
-    assert set(first[first > 50].tolist()) == {100.0, 101.0, 102.0}  # whole chunks of the online part
+    assert set(first[first > 50].tolist()) == {
+        100.0,
+        101.0,
+        102.0,
+    }  # whole chunks of the online part
     uniform = buffer.sample(1000, torch.Generator().manual_seed(0)).observation[:, 0]
     assert 30 < (uniform > 50).sum() < 110  # 3 starts of 52
 
@@ -146,12 +306,17 @@ def test_a_played_again_episode_is_the_same(capsys):
     state = first.state_dict()
     second.load_state_dict(state)
     assert len(second.chunk) == 2 and "note" not in capsys.readouterr().out
-    second.load_state_dict(state | {"observation": state["observation"] + 1e-9})  # as another processor might play it
-    assert len(second.chunk) == 0 and "plays the running episode otherwise" in capsys.readouterr().out
+    second.load_state_dict(
+        state | {"observation": state["observation"] + 1e-9}
+    )  # as another processor might play it
+    assert (
+        len(second.chunk) == 0 and "plays the running episode otherwise" in capsys.readouterr().out
+    )
 
 
 def towards_the_goal(base):
-    """An action that brings a point maze's point nearer to the goal; in other environments, no movement."""
+    """An action that brings a point maze's point nearer to the goal; in other environments, no
+    movement."""
     if not hasattr(base, "get_oracle_subgoal"):
         return np.zeros(5)
     way = base.get_oracle_subgoal(base.get_xy(), base.cur_goal_xy)[0] - base.get_xy()
@@ -159,7 +324,8 @@ def towards_the_goal(base):
 
 
 def reach(base, everything):
-    """Put everything where the task wants it; else only one of two cubes, half of the buttons, or the drawer."""
+    """Put everything where the task wants it; else only one of two cubes, half of the buttons, or
+    the drawer."""
     qpos, cubes = base.data.qpos.copy(), getattr(base, "_num_cubes", 0)
     for cube in range(cubes if everything else 1 if cubes > 1 else 0):
         qpos[14 + 7 * cube : 17 + 7 * cube] = base.data.mocap_pos[cube]
@@ -187,22 +353,30 @@ def reach(base, everything):
 def test_online_rewards_are_those_that_ogbench_gives_the_same_states(domain, task, levels, sparse):
     environment = common.OnlineEnvironment(f"{domain}-singletask-{task}-v0", 0)
     base, maze = environment.env.unwrapped, "maze" in domain
-    offline = file_of_episodes((9,), 0, len(environment.observation), *environment.env.action_space.shape)
-    buffer = common.ReplayBuffer(**offline, chunk_length=1, gamma=1.0, sparse=sparse)
+    offline = file_of_episodes(
+        (9,), 0, len(environment.observation), *environment.env.action_space.shape
+    )
+    buffer = common.ChunkDataset(**offline, chunk_length=1, gamma=1.0, sparse=sparse)
     buffer.make_room(500)
     states, done = {"qpos": [], "button_states": []}, False
     while not done:
         if not maze and len(states["qpos"]) in (5, 10):
             reach(base, everything=len(states["qpos"]) == 10)
-            environment.env.step(np.zeros(5))  # OGBench notes a success at the end of a step, for the next one
+            environment.env.step(
+                np.zeros(5)
+            )  # OGBench notes a success at the end of a step, for the next one
         states["qpos"].append(base.data.qpos.copy())
         states["button_states"].append(getattr(base, "_cur_button_states", np.zeros(0)).copy())
         *transition, done = environment.step(towards_the_goal(base))
         buffer.append(*transition, done)
     assert done and len(states["qpos"]) < 400  # it ended because the task was done
     data = {key: np.array(rows) for key, rows in states.items()}
-    common.relabel_dataset(environment.env.spec.id, environment.env, data)
-    assert len(np.unique(data["rewards"])) == levels and data["masks"][-1] == 0 and data["masks"][:-1].all()
+    relabel_dataset(environment.env.spec.id, environment.env, data)
+    assert (
+        len(np.unique(data["rewards"])) == levels
+        and data["masks"][-1] == 0
+        and data["masks"][:-1].all()
+    )
     batch = buffer.chunks(torch.arange(8, buffer.size))
     np.testing.assert_array_equal(
         batch.reward.numpy(), np.where(data["rewards"] != 0, -1, 0) if sparse else data["rewards"]
@@ -221,12 +395,15 @@ def test_chunk_starts_are_uniform_over_all_transitions():
 
 def test_batches_repeat_with_the_generator():
     dataset = common.ChunkDataset(**file_of_episodes((50, 50)), chunk_length=5, gamma=0.99)
-    first, second, other = (dataset.sample(16, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    first, second, other = (
+        dataset.sample(16, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert not torch.equal(first.action, other.action)
 
 
-# ------------------------------------------------------------------------------------------------- collected data
+# -------------------------------------------------------------------------------------------------
+# collected data
 
 
 @pytest.fixture(scope="module")
@@ -239,14 +416,26 @@ def collected(tmp_path_factory):
 def test_collected_file_is_in_ogbench_format(collected):
     for path, episodes in ((collected, 1), (collected.with_name(f"{collected.stem}-val.npz"), 1)):
         file = np.load(path, allow_pickle=False)
-        assert set(file.files) == {"observations", "actions", "terminals", "qpos", "qvel", "button_states"}
-        assert file["observations"].shape == (1001 * episodes, 40) and file["observations"].dtype == np.float32
+        assert set(file.files) == {
+            "observations",
+            "actions",
+            "terminals",
+            "qpos",
+            "qvel",
+            "button_states",
+        }
+        assert (
+            file["observations"].shape == (1001 * episodes, 40)
+            and file["observations"].dtype == np.float32
+        )
         assert file["actions"].shape == (1001 * episodes, 5) and file["actions"].dtype == np.float32
         assert np.abs(file["actions"]).max() <= 1
         assert file["terminals"].dtype == bool and file["button_states"].dtype == np.int64
         np.testing.assert_array_equal(np.flatnonzero(file["terminals"]), [1000])
     origin = json.loads(collected.with_suffix(".json").read_text())
-    assert origin["origin"] == "collected" and origin["collect_seed"] == 7 and origin["episodes"] == 1
+    assert (
+        origin["origin"] == "collected" and origin["collect_seed"] == 7 and origin["episodes"] == 1
+    )
     assert origin["sha256"] == common.file_hash(collected)
     assert not list(collected.parent.glob("*.partial"))
 
@@ -273,7 +462,11 @@ def test_collected_file_loads_through_ogbench_with_the_same_rewards(collected):
 
 def test_a_folder_of_shards_is_one_dataset(collected, tmp_path):
     file = dict(np.load(collected))
-    for name, rows in (("a-000.npz", slice(0, 400)), ("a-001.npz", slice(400, 1001)), ("a-000-val.npz", slice(0, 9))):
+    for name, rows in (
+        ("a-000.npz", slice(0, 400)),
+        ("a-001.npz", slice(400, 1001)),
+        ("a-000-val.npz", slice(0, 9)),
+    ):
         np.savez(tmp_path / name, **{key: array[rows] for key, array in file.items()})
     env_id, settings = "scene-play-singletask-task1-v0", dict(chunk_length=5, gamma=0.99)
     sharded, info = common.load_dataset(env_id, **settings, dataset_path=str(tmp_path))
@@ -287,37 +480,22 @@ def test_a_folder_of_shards_is_one_dataset(collected, tmp_path):
     assert sharded.chunks(torch.tensor([396])).valid == 0
 
 
-def test_shards_beyond_the_memory_allowed_take_turns(collected, tmp_path, monkeypatch):
-    file = dict(np.load(collected))
-    parts = [slice(0, 300), slice(300, 700), slice(700, 1001)]
-    for number, rows in enumerate(parts):
-        np.savez(tmp_path / f"{number}.npz", **{key: array[rows] for key, array in file.items()})
-    monkeypatch.setattr(common.RotatingShards, "BATCHES_PER_FILE", 3)
-    env_id, settings = "scene-play-singletask-task1-v0", dict(chunk_length=5, gamma=0.99)
-    load = lambda **more: common.load_dataset(env_id, **settings, dataset_path=str(tmp_path), **more)
-    size = 4 * sum(array.size for array in (file["observations"], file["actions"])) + 8 * 1001
-    together, info = load(max_data_gb=size / 2**30)
-    assert isinstance(together, common.ReplayBuffer) and not info["rotating"]
-    rotating, info_of_rotating = load(max_data_gb=(size - 1) / 2**30)
-    assert info_of_rotating == info | {"rotating": True}  # sizes and hash are those of all files
-
-    draw = lambda dataset, seed: dataset.sample(8, torch.Generator().manual_seed(seed)).observation
-    of_file = lambda number: torch.from_numpy(file["observations"][parts[number]])
-    batches = [draw(rotating, seed) for seed in range(12)]
-    for number, batch in enumerate(batches):
-        rows = of_file(number // 3 % 3)
-        assert (batch[:, None] == rows).all(-1).any(-1).all()
-    for drawn in (4, 6, 11):  # a run that goes on after so many batches
-        resumed, _ = load(rotating=True, drawn=drawn)
-        assert torch.equal(draw(resumed, drawn), batches[drawn])
-    with pytest.raises(common.UserError, match="--max-data-gb"):
-        rotating.make_room(1)
-    np.savez(tmp_path / "1.npz", **{key: array[:300] for key, array in file.items() if key != "qpos"})
-    with pytest.raises(common.UserError, match="1.npz is no OGBench dataset: it has no qpos"):
-        load(max_data_gb=1e-6)
-    (tmp_path / "2.npz").write_bytes(b"PK")
-    with pytest.raises(common.UserError, match="2.npz cannot be read as .npz"):
-        load(max_data_gb=1e-6)
+def test_data_that_the_device_cannot_hold_lies_in_the_hosts_memory(collected, monkeypatch, capsys):
+    """The device called "meta" stands in for a GPU: it holds no numbers, so none may come from
+    it."""
+    env_id = "scene-play-singletask-task1-v0"
+    words = dict(chunk_length=5, gamma=0.99, dataset_path=str(collected))
+    whole, _ = common.load_dataset(env_id, **words)
+    free = {"meta": 1000, "cpu": 10**9}
+    monkeypatch.setattr(common, "free_memory", lambda device: free[device.type])
+    dataset, _ = common.load_dataset(env_id, **words, device="meta")
+    assert "it lies in the host's memory" in capsys.readouterr().out
+    ours, theirs = (x.sample(16, torch.Generator().manual_seed(0)) for x in (dataset, whole))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert dataset.chunks(torch.arange(3, device="cpu")).reward.device.type == "cpu"
+    free["cpu"] = 1000
+    with pytest.raises(common.UserError, match="--dataset-path"):
+        common.load_dataset(env_id, **words, device="meta")
 
 
 def test_collecting_again_with_one_worker_or_after_a_stop_gives_the_same_bytes(collected, tmp_path):
@@ -325,10 +503,15 @@ def test_collecting_again_with_one_worker_or_after_a_stop_gives_the_same_bytes(c
     path = common.collected_path(*arguments)
     partial = path.with_suffix(".partial")
     partial.mkdir()
-    common.write_episode("scene-play-v0", 7, "val", 0, partial / "val-00000.npz")  # what a stopped collection leaves
+    common.write_episode(
+        "scene-play-v0", 7, "val", 0, partial / "val-00000.npz"
+    )  # what a stopped collection leaves
     made = (partial / "val-00000.npz").stat().st_mtime_ns
     kept = []
-    remove, shutil.rmtree = shutil.rmtree, lambda folder: kept.append((folder / "val-00000.npz").stat().st_mtime_ns)
+    remove, shutil.rmtree = (
+        shutil.rmtree,
+        lambda folder: kept.append((folder / "val-00000.npz").stat().st_mtime_ns),
+    )
     try:
         common.collect_dataset(*arguments, workers=1)
     finally:
@@ -352,21 +535,43 @@ def test_episodes_differ_by_seed_and_index():
     assert len(np.unique(np.round(first["observations"] / 4), axis=0)) >= 5
 
 
-def test_lost_cubes_are_noticed():
-    qpos = np.zeros((5, 25))
-    qpos[:, 14:17] = [0.4, 0.0, 0.02]
-    assert not common.cube_was_lost(qpos)
-    for y, z, lost in ((0.3, 0.02, True), (-0.31, 0.02, True), (-0.31, 0.07, False), (0.28, 0.5, False)):
-        moved = qpos.copy()
-        moved[3, 15:17] = y, z
-        assert common.cube_was_lost(moved) == lost
+def test_episodes_in_which_the_cube_is_lost_are_made_again(monkeypatch):
+    """As OGBench does: by the cube's y and z, numbers 15 and 16 of qpos."""
+    cases = iter(
+        [(0.3, 0.02), (-0.31, 0.02), (-0.31, 0.09), (-0.31, 0.07)]
+    )  # the last is in the drawer
+
+    def recipe(env, dataset_name, seed):
+        place = next(cases)
+        yield np.zeros(3)
+        while True:
+            env.place = place
+            yield np.zeros(5)
+
+    class Scene:
+        def step(self, action):
+            qpos = np.zeros(25)
+            qpos[15:17] = self.place
+            info = dict(prev_qpos=qpos, prev_qvel=np.zeros(3))
+            return np.zeros(3), 0.0, False, True, info
+
+    monkeypatch.setattr(common, "play_actions", recipe)
+    monkeypatch.setattr(common, "collection_env", lambda name: Scene())
+    episode = common.collect_episode("scene-play-v0", 0, "train", 0)
+    assert episode["qpos"][0, 15] == np.float32(-0.31) and episode["qpos"][0, 16] == np.float32(
+        0.07
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- environments
+# --------------------------------------------------------------------------------------------------
+# --- environments
 
 
 def test_ids_split_into_environment_and_dataset():
-    assert common.split_env_id("scene-play-singletask-task1-v0") == ("scene-singletask-task1-v0", "scene-play-v0")
+    assert common.split_env_id("scene-play-singletask-task1-v0") == (
+        "scene-singletask-task1-v0",
+        "scene-play-v0",
+    )
     assert common.split_env_id("antmaze-large-navigate-singletask-v0") == (
         "antmaze-large-singletask-v0",
         "antmaze-large-navigate-v0",
@@ -377,7 +582,8 @@ def test_ids_split_into_environment_and_dataset():
 
 
 @pytest.mark.parametrize(
-    "env_id", ["cube-single-play-singletask-task2-v0", "pointmaze-medium-navigate-singletask-task1-v0"]
+    "env_id",
+    ["cube-single-play-singletask-task2-v0", "pointmaze-medium-navigate-singletask-task1-v0"],
 )
 def test_a_seed_decides_the_whole_episode(env_id):
     first, second = common.make_env(env_id), common.make_env(env_id)
@@ -405,10 +611,14 @@ class Countdown(gymnasium.Env):
 
     def step(self, action):
         assert self.steps < self.length, "stepped after its end"
-        assert action == self.steps % 3 / 10, "the chunk is executed in order, and drawn anew at its end"
+        assert action == self.steps % 3 / 10, (
+            "the chunk is executed in order, and drawn anew at its end"
+        )
         self.steps += 1
         done = self.steps == self.length
-        success = float(self.length <= 4) if done else 1.0 - float(self.length <= 4)  # only the last step's counts
+        success = (
+            float(self.length <= 4) if done else 1.0 - float(self.length <= 4)
+        )  # only the last step's counts
         return (
             np.array([self.length, self.steps]),
             -1.0,
@@ -418,36 +628,42 @@ class Countdown(gymnasium.Env):
         )
 
 
+def make_countdown(**_):
+    return Countdown()
+
+
+@pytest.fixture
+def countdown(monkeypatch):
+    """A task of one's own."""
+    monkeypatch.setitem(common.TASKS, "countdown", (make_countdown, None))
+
+
 @pytest.mark.parametrize("episodes", [1, 3, 23])
-def test_evaluation_counts_every_episode_once(monkeypatch, episodes):
-    monkeypatch.setattr(common, "make_chunked_env", make_countdown)
-    evaluator = common.Evaluator("", chunk_length=3, episodes=episodes, seed=11, noise_dim=3)
+def test_evaluation_counts_every_episode_once(countdown, episodes):
+    evaluator = common.Evaluator("countdown", 3, episodes=episodes, seed=11, noise_dim=3)
     lengths = np.array([seed % 9 + 1 for seed in evaluator.seeds])
     chunks = torch.tensor([[0.0, 0.1, 0.2]])
     for _ in range(2):  # the same episodes again
-        scores = evaluator.evaluate(lambda observation, noise: chunks.expand(len(observation), -1), samples=2)
+        scores = evaluator.evaluate(lambda s, noise: chunks.expand(len(s), -1), samples=2)
         success = (lengths <= 4).astype(float)
         assert scores["episodes"] == episodes
         assert scores["success"] == pytest.approx(success.mean())
         assert scores["length"] == pytest.approx(lengths.mean())
         assert scores["return"] == pytest.approx(-lengths.mean())
+        assert ("success_stderr" in scores) == (episodes > 1)
         if episodes > 1:
-            assert scores["success_stderr"] == pytest.approx(success.std(ddof=1) / np.sqrt(episodes))
+            error = success.std(ddof=1) / np.sqrt(episodes)
+            assert scores["success_stderr"] == pytest.approx(error)
     evaluator.close()
     if episodes == 23:
         assert len(set(lengths)) > 4 and 0 < success.mean() < 1
 
 
-def make_countdown(env_id, chunk_length):
-    return common.ChunkedEpisode(Countdown(), chunk_length)
-
-
-def test_evaluation_noise_belongs_to_the_episode(monkeypatch):
-    monkeypatch.setattr(common, "make_chunked_env", make_countdown)
+def test_evaluation_noise_belongs_to_the_episode(countdown, monkeypatch):
     drawn = []
     for cores in (1, 4):
-        monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
-        evaluator = common.Evaluator("", chunk_length=3, episodes=9, seed=2, noise_dim=3)
+        monkeypatch.setattr(common, "cores", lambda cores=cores: cores)
+        evaluator = common.Evaluator("countdown", 3, episodes=9, seed=2, noise_dim=3)
         seen = {}
 
         def policy(observation, noise):
@@ -458,6 +674,11 @@ def test_evaluation_noise_belongs_to_the_episode(monkeypatch):
 
         evaluator.evaluate(policy)
         evaluator.close()
-        drawn.append({key: torch.stack(sorted(values, key=lambda z: float(z.sum()))) for key, values in seen.items()})
+        drawn.append(
+            {
+                key: torch.stack(sorted(values, key=lambda z: float(z.sum())))
+                for key, values in seen.items()
+            }
+        )
     assert drawn[0].keys() == drawn[1].keys()
     assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in drawn[0])

@@ -1,24 +1,29 @@
-"""Whole runs of the scripts: resuming, what they write, and how they end early. On pointmaze, which is fast."""
+"""Whole runs of the scripts: resuming, what they write, and how they end early. On pointmaze, which
+is
+fast."""
 
 import contextlib
 import csv
+import dataclasses
+import enum
 import errno
+import fcntl
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import time
-import types
 import urllib.error
 from pathlib import Path
 
 import gymnasium
+import kill_resume
 import numpy as np
 import pytest
 import torch
+from conftest import SCRIPTS, scripts_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -26,24 +31,37 @@ import qam_baseline
 import trqam_offline
 import trqam_online
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import kill_resume
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"trqam_offline": trqam_offline, "trqam_online": trqam_online, "qam_baseline": qam_baseline}
-STRENGTH = {script: "--inverse-temperature" if "qam_b" in script else "--kl-budget" for script in SCRIPTS}  # above 0
 ENV = "pointmaze-medium-navigate-singletask-task1-v0"
 ANTMAZE = "antmaze-large-navigate-singletask-task1-v0"
 TINY = (
-    f"--env-id {ENV} --hidden-dims 16 16 --num-critics 2 --flow-steps 3 --batch-size 8 --chunk-length 4 "
-    "--bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 --log-interval 3 --checkpoint-interval 5 "
-    "--num-threads 1 --device cpu"
+    f"--env-id {ENV} --hidden-dims 16 16 --num-critics 2 --flow-steps 3 --batch-size 8 "
+    "--chunk-length 4 --bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 "
+    "--log-interval 3 --checkpoint-interval 5 --num-threads 1 --device cpu"
 ).split()
-TINY_FOR = {script: TINY for script in SCRIPTS}
-TINY_FOR["trqam_online"] = [*TINY, *"--online-steps 9 --learning-starts 2".split()]
-
-
+ONLINE = (
+    "--online-steps 31 --learning-starts 10 --balanced-sampling --best-of-n 2 --eval-interval 20"
+).split()
+OF_ITS_OWN = {"kl_budget_online": ["--kl-budget-online", 0.3], "edit_scale": ["--edit-scale", 0.3]}
 DRAW = common.Run.draw
+
+
+def tiny(script):
+    """Flags of a run of seconds, with an online stage where that is not optional."""
+    always = getattr(script.Args, "online_steps", 0)
+    return [*TINY, *"--online-steps 9 --learning-starts 2".split()] if always else TINY
+
+
+def online(script):
+    """Flags of a tiny online stage, with what only this script has."""
+    return [
+        *ONLINE,
+        *(x for setting, own in OF_ITS_OWN.items() if hasattr(script.Args, setting) for x in own),
+    ]
+
+
+def strength(script):
+    """The flag that says how far a script's policy may go."""
+    return "--kl-budget" if hasattr(script.Args, "kl_budget") else "--inverse-temperature"
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +72,17 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def start(script, monkeypatch, *words):
-    """`python script.py words` in this process; returns what it said when it stopped early, else None."""
-    module = SCRIPTS[script]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+    """`python script.py words` in this process; what it said when it stopped early, else None."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
     try:
-        common.run_script(module.main, module.Args, module.settings, script, getattr(module, "STARTS_FROM", None))
+        common.run_script(script.__file__, script.main, script.Args, script.settings)
     except SystemExit as stop:
         return stop.code
+
+
+def load(path):
+    """A run's checkpoint."""
+    return torch.load(Path(path, "checkpoint.pt"), weights_only=True)
 
 
 def rows(path):
@@ -69,14 +91,16 @@ def rows(path):
 
 
 def differences(first, second):
-    """Names of what differs between two finished runs; their folders, and the clock's columns, aside."""
-    ours, theirs = ({**torch.load(run / "checkpoint.pt", weights_only=True), "args": None} for run in (first, second))
-    tables = [
+    """Names of what differs between two finished runs; paths, and the clock's columns, aside."""
+    names = [
         name
         for name in ("train.csv", "eval.csv")
         if kill_resume.rows_of(first / name) != kill_resume.rows_of(second / name)
     ]
-    return kill_resume.unequal("checkpoint.pt", ours, theirs) + tables
+    ours, theirs = (
+        {**load(run), "args": None, "rows": None, "data": None} for run in (first, second)
+    )
+    return kill_resume.unequal("checkpoint.pt", ours, theirs) + names
 
 
 class Killed(BaseException):
@@ -85,162 +109,112 @@ class Killed(BaseException):
 
 def stop_and_resume(script, monkeypatch, stop_after, *flags):
     """A run that is killed after so many steps, and resumed."""
-    tick, count = common.Run.tick, iter(range(1, 1000))
+    after, count = common.Run.after, iter(range(1, 1000))
 
-    def stopping_tick(run, *updates):
-        tick(run, *updates)
+    def stopping(run, *words):
+        after(run, *words)
         if next(count) == stop_after:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(common.Run, "tick", stopping_tick)
+        patch.setattr(common.Run, "after", stopping)
         start(script, patch, *flags)
     assert start(script, monkeypatch, *flags, "--resume") is None
 
 
 def test_a_stopped_and_resumed_run_equals_an_untouched_one(dataset, tmp_path, monkeypatch):
-    script, flags = "trqam_offline", [*TINY, "--dataset-path", dataset]
+    script, flags = trqam_offline, [*TINY, "--dataset-path", dataset]
     assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
     for stop_after in (3, 12, 26):  # before any checkpoint, at the change of stage, in fine-tuning
         run_dir = tmp_path / f"stopped-{stop_after}"
         stop_and_resume(script, monkeypatch, stop_after, *flags, "--run-dir", run_dir)
         assert differences(tmp_path / "whole", run_dir) == []
     assert start(script, monkeypatch, *flags, "--run-dir", "other", "--seed", 1) is None
-    assert len(differences(tmp_path / "whole", tmp_path / "other")) > 10  # the comparison does see differences
+    assert len(differences(tmp_path / "whole", tmp_path / "other")) > 10  # it does see differences
 
 
-ONLINE = "--online-steps 31 --learning-starts 10 --balanced-sampling --best-of-n 2 --eval-interval 20".split()
-ONLINE_FOR = {"trqam_online": ["--kl-budget-online", "0.3"], "qam_baseline": ["--edit-scale", "0.3"]}
-
-
-@pytest.mark.parametrize("script", ONLINE_FOR)
-def test_an_online_stage_resumes_in_the_middle_of_a_chunk_and_an_episode(script, dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", scripts_with("online_steps"))
+def test_an_online_stage_resumes_within_a_chunk_and_an_episode(
+    script, dataset, tmp_path, monkeypatch
+):
     short_episodes(monkeypatch)
-    flags = [*TINY, "--dataset-path", dataset, *ONLINE, *ONLINE_FOR[script]]
+    flags = [*TINY, "--dataset-path", dataset, *online(script)]
     assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
-    for stop_after in (12, 39, 57):  # at the change of stage; online, when only collecting; online, when updating too
+    for stop_after in (12, 39, 57):  # at the change of stage; online, collecting; online, updating
         run_dir = tmp_path / f"stopped-{stop_after}"
         stop_and_resume(script, monkeypatch, stop_after, *flags, "--run-dir", run_dir)
         assert differences(tmp_path / "whole", run_dir) == []
-        assert Path("whole/replay.bin").read_bytes() == (run_dir / "replay.bin").read_bytes()
-    state = torch.load("whole/checkpoint.pt", weights_only=True)
-    assert state["replay"]["size"] == 2031 and state["replay"]["episodes"] == 2 + 4  # 31 steps of 7-step episodes
-    assert Path("whole/replay.bin").stat().st_size == 4 * (31 + 4) * (2 + 2 + 1 + 1) and state["replay"]["rows"] == 35
+    state = load("whole")["state"]
+    assert len(state["dataset"]["ends"]) == 4  # 31 steps of 7-step episodes
+    assert state["dataset"]["observations"].shape == (31 + 4, 2)
     assert state["environment"]["episode"] == 4
     evaluated = [(row["stage"], int(row["step"])) for row in rows(Path("whole/eval.csv"))]
     assert evaluated == [("bc", 12), ("offline", 18), ("online", 20), ("online", 31)]
-    train = {int(row["step"]): row for row in rows(Path("whole/train.csv")) if row["stage"] == "online"}
+    train = {int(row["step"]): row for row in rows("whole/train.csv") if row["stage"] == "online"}
     assert train[9]["losses/critic_loss"] == "" and float(train[12]["losses/critic_loss"]) > 0
     assert float(train[9]["charts/online_length"]) == 7
-    speeds = [[float(train[step][f"charts/{name}_SPS"]) for name in ("environment", "update")] for step in (9, 12)]
-    assert speeds[0][0] > 0 and speeds[0][1] == 0 and min(speeds[1]) > 0
-
-
-def test_a_run_on_shards_that_take_turns_resumes(dataset, tmp_path, monkeypatch):
-    arrays = dict(np.load(dataset))
-    (tmp_path / "shards").mkdir()
-    for number in range(2):
-        np.savez(tmp_path / f"shards/{number}.npz", **{key: array[number::2] for key, array in arrays.items()})
-    monkeypatch.setattr(common.RotatingShards, "BATCHES_PER_FILE", 4)
-    flags = [*TINY, "--dataset-path", "shards", "--max-data-gb", 1e-6]
-    assert start("trqam_offline", monkeypatch, *flags, "--run-dir", "whole") is None
-    stop_and_resume("trqam_offline", monkeypatch, 26, *flags, "--run-dir", "stopped")  # its checkpoint is of step 25
-    assert differences(tmp_path / "whole", tmp_path / "stopped") == []
-    assert json.loads(Path("whole/config.json").read_text())["dataset"]["rotating"]
-    online = ["--online-steps", 9, "--learning-starts", 4]
-    assert "--max-data-gb" in start("trqam_online", monkeypatch, *flags, *online, "--run-dir", "online")
-    assert not Path("online").exists()
+    assert float(train[9]["charts/environment_SPS"]) > float(train[9]["charts/SPS"]) > 0
 
 
 def test_going_online_later_is_the_same_as_at_once(dataset, tmp_path, monkeypatch):
-    flags = [*TINY, "--dataset-path", dataset, *ONLINE, *ONLINE_FOR["qam_baseline"]]
-    assert start("qam_baseline", monkeypatch, *flags, "--run-dir", "whole") is None
-    assert start("qam_baseline", monkeypatch, *flags, "--online-steps", 0, "--run-dir", "later") is None
-    fewer = ["--offline-steps", 9, "--online-steps", 31]
-    said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", *fewer)
+    script, flags = qam_baseline, [*TINY, "--dataset-path", dataset, *online(qam_baseline)]
+    again = ["--run-dir", "later", "--resume"]
+    assert start(script, monkeypatch, *flags, "--run-dir", "whole") is None
+    assert start(script, monkeypatch, *flags, "--online-steps", 0, "--run-dir", "later") is None
+    said = start(script, monkeypatch, *again, "--offline-steps", 9, "--online-steps", 31)
     assert "has done 18 offline steps" in said
-    assert start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", "--online-steps", 31) is None
+    assert start(script, monkeypatch, *again, "--online-steps", 31) is None
     assert differences(tmp_path / "whole", tmp_path / "later") == []
     config = Path("later/config.json").read_bytes()
     for steps in (["--online-steps", 11], ["--offline-steps", 99], ["--offline-steps", 17]):
-        said = start("qam_baseline", monkeypatch, "--run-dir", "later", "--resume", *steps)
-        assert "has done 18 offline and 31 online steps" in said and "\n" not in said
+        said = start(script, monkeypatch, *again, *steps)
+        assert "the run has done" in said and "\n" not in said
     assert Path("later/config.json").read_bytes() == config
 
 
-def test_trqam_goes_online_from_an_offline_checkpoint_as_in_one_run(dataset, tmp_path, monkeypatch, capsys):
-    """Weights, lambda, its average, optimiser, targets and tables carry over: all ends as if one command did it."""
+def test_trqam_goes_online_from_an_offline_checkpoint_as_in_one_run(dataset, tmp_path, monkeypatch):
+    """Weights, lambda, its average, optimizer, targets and tables carry over."""
     flags = [*TINY, "--dataset-path", dataset, "--kl-budget", 0.8]
-    online = [*ONLINE[:4], "--kl-budget-online", 0.3]
-    assert start("trqam_online", monkeypatch, *flags, *online, "--run-dir", "whole") is None
-    assert start("trqam_offline", monkeypatch, *flags, "--run-dir", "offline") is None
-    go = ["--checkpoint", "offline/checkpoint.pt", "--run-dir", "online", "--num-threads", 1]
-    stop_and_resume("trqam_online", monkeypatch, 3, *go, *online)  # of its 31 steps: before its own first checkpoint
+    more = [*ONLINE[:4], "--kl-budget-online", 0.3]
+    assert start(trqam_online, monkeypatch, *flags, *more, "--run-dir", "whole") is None
+    assert start(trqam_offline, monkeypatch, *flags, "--run-dir", "offline") is None
+    go = ["--checkpoint", "offline/checkpoint.pt", "--dataset-path", dataset, "--num-threads", 1]
+    stop_and_resume(trqam_online, monkeypatch, 3, *go, *more, "--run-dir", "online")
     assert differences(tmp_path / "whole", tmp_path / "online") == []
-    config = json.loads(Path("online/config.json").read_text())
-    assert config["args"]["kl_budget"] == 0.8 and config["args"]["env_id"] == ENV and config["args"]["bc_steps"] == 12
-    sha256 = common.file_hash(Path("offline/checkpoint.pt"))
-    assert config["started_from"] == dict(checkpoint="offline/checkpoint.pt", step=30, sha256=sha256)
-
-    offline, whole = (torch.load(f"{run}/checkpoint.pt", weights_only=True) for run in ("offline", "whole"))
-    assert 0 < offline["agent"]["lam"] < 1 and whole["agent"]["lam"] != offline["agent"]["lam"]
-    train = rows(Path("online/train.csv"))
-    budgets = {
-        stage: {row["trust_region/kl_budget"] for row in train if row["stage"] == stage}
-        for stage in ("offline", "online")
-    }
-    assert budgets == {"offline": {"0.8"}, "online": {"", "0.3"}}  # none while only collecting
-
-    # Its start must not change before it has a checkpoint of its own.
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "begin", lambda *_: sys.exit("stopped"))
-        assert start("trqam_online", patch, *go[:2], "--run-dir", "changed", *online) == "stopped"
-    other = Path("offline/checkpoint.pt").read_bytes()
-    torch.save({**offline, "seconds": 0.0}, "offline/checkpoint.pt")
-    said = start("trqam_online", monkeypatch, "--run-dir", "changed", "--resume")
-    assert "offline/checkpoint.pt has changed since the run began from it" in said
-    Path("offline/checkpoint.pt").write_bytes(other)
+    args = json.loads(Path("online/config.json").read_text())["args"]
+    assert args["kl_budget"] == 0.8 and args["env_id"] == ENV and args["bc_steps"] == 12
+    offline, whole = (load(run)["state"]["agent"] for run in ("offline", "whole"))
+    assert 0 < offline["lam"] < 1 and whole["lam"] != offline["lam"]
+    budgets = {}
+    for row in rows("online/train.csv"):
+        budgets.setdefault(row["stage"], set()).add(row["trust_region/kl_budget"])
+    assert budgets == {
+        "bc": {""},
+        "offline": {"0.8"},
+        "online": {"", "0.3"},
+    }  # none while collecting
 
     # A shorter offline stage than was done cannot be asked for; another learning rate can.
-    said = start("trqam_online", monkeypatch, *go[:2], "--run-dir", "fewer", *online, "--offline-steps", 9)
-    assert "--checkpoint: the run has done 18 offline steps" in said and not Path("fewer").exists()
-    faster = ["--run-dir", "faster", "--learning-rate", 0.01, "--online-steps", 11, "--learning-starts", 10]
-    assert start("trqam_online", monkeypatch, *go[:2], *faster) is None
-    optimizer = torch.load("faster/checkpoint.pt", weights_only=True)["optimizer"]
+    said = start(trqam_online, monkeypatch, *go, *more, "--run-dir", "fewer", "--offline-steps", 9)
+    assert "the run has done 18 offline steps" in said and not Path("fewer").exists()
+    faster = ["--learning-rate", 0.01, "--online-steps", 11, "--learning-starts", 10]
+    assert start(trqam_online, monkeypatch, *go, "--run-dir", "faster", *faster) is None
+    optimizer = load("faster")["state"]["optimizer"]
     assert optimizer["param_groups"][0]["lr"] == 0.01 and optimizer["state"][0]["step"] == 18 + 1
-
-    # Without the tables beside it, the policy is evaluated before it goes online.
-    Path("alone").mkdir()
-    Path("offline/checkpoint.pt").rename("alone/checkpoint.pt")
-    alone = [
-        "--checkpoint",
-        "alone/checkpoint.pt",
-        "--run-dir",
-        "from-alone",
-        "--online-steps",
-        2,
-        "--learning-starts",
-        1,
-    ]
-    assert start("trqam_online", monkeypatch, *alone) is None
-    assert [(row["stage"], row["step"]) for row in rows(Path("from-alone/eval.csv"))] == [
-        ("offline", "18"),
-        ("online", "2"),
-    ]
 
 
 def test_trqam_goes_online_from_a_cloned_policy_alone(dataset, tmp_path, monkeypatch):
-    flags = [*TINY_FOR["trqam_online"], "--dataset-path", dataset]
+    flags = [*tiny(trqam_online), "--dataset-path", dataset, "--run-dir", "run"]
     without = flags.index("--offline-steps")
     flags = flags[:without] + flags[without + 2 :]
-    prior = saved(tmp_path)
-    assert start("trqam_online", monkeypatch, *flags, "--bc-checkpoint", prior, "--run-dir", "run") is None
-    assert [(row["stage"], row["step"]) for row in rows(Path("run/eval.csv"))] == [("bc", "0"), ("online", "9")]
-    config = json.loads(Path("run/config.json").read_text())
-    assert config["args"]["offline_steps"] == 0
-    slow = torch.load(prior, weights_only=True)["actor_slow"]
-    base = torch.load("run/checkpoint.pt", weights_only=True)["agent"]
-    moved = max(float((base[f"target_actor_slow.{key}"] - slow[key]).abs().max()) for key in slow)
+    prior = saved_clone(tmp_path)
+    assert start(trqam_online, monkeypatch, *flags, "--bc-checkpoint", prior) is None
+    evaluated = [(row["stage"], row["step"]) for row in rows("run/eval.csv")]
+    assert evaluated == [("bc", "0"), ("online", "9")]
+    assert json.loads(Path("run/config.json").read_text())["args"]["offline_steps"] == 0
+    clone = torch.load(prior, weights_only=True)["state"]
+    agent = load("run")["state"]["agent"]
+    moved = max(float((agent[f"base.{key}"] - clone[key]).abs().max()) for key in clone)
     assert 0 < moved < 1e-3  # the base is the cloned policy, after 7 updates at tau 0.005
 
 
@@ -267,31 +241,36 @@ class Corridor:
         return np.zeros(2), -1.0, False, len(self.actions) % 3 == 0, {"success": 0.0}
 
 
-@pytest.mark.parametrize("module", [trqam_online, qam_baseline])
-def test_an_episodes_end_drops_the_rest_of_its_chunk(module, dataset, monkeypatch):
+@pytest.mark.parametrize("script", scripts_with("online_steps"))
+def test_an_episodes_end_drops_the_rest_of_its_chunk(script, dataset, monkeypatch):
     data, _ = common.load_dataset(ENV, chunk_length=2, gamma=0.9, dataset_path=str(dataset))
     data.make_room(8)
     chunks = iter(torch.arange(20.0).view(10, 2))  # one number an action, two actions a chunk
-    monkeypatch.setattr(module, "act", lambda *_: next(chunks))
+    monkeypatch.setattr(script, "act", lambda *_: next(chunks))
     corridor = Corridor()
     monkeypatch.setattr(common, "make_env", lambda _: corridor)
-    args, environment = module.Args(chunk_length=2), common.OnlineEnvironment("", 0)
-    agent = module.Agent(2, 4, module.Args(hidden_dims=(4,)))
+    args, environment = script.Args(chunk_length=2), common.OnlineEnvironment("", 0)
+    agent = script.Agent(2, 4, script.Args(hidden_dims=(4,)))
     for _ in range(8):
-        module.online_step(agent, data, environment, torch.Generator(), args)
+        script.online_step(agent, data, environment, torch.Generator(), args)
     assert corridor.actions == [0, 1, 2, 4, 5, 6, 8, 9]  # 3 and 7 were never executed
     assert len(environment.chunk) == 0 and data.size == 2008 and data.episodes == 4
 
 
+def wait_for(process, holds):
+    deadline = time.monotonic() + 300
+    while not holds() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, monkeypatch):
-    flags = [*TINY_FOR[script], "--dataset-path", str(dataset), "--bc-steps", "60", "--offline-steps", "400"]
-    flags += ["--eval-interval", "300"]
-    command = [sys.executable, str(ROOT / f"{script}.py"), *flags, "--run-dir", "killed"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while not Path("killed/checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+    flags = [*tiny(script), "--dataset-path", dataset, "--bc-steps", 60, "--offline-steps", 400]
+    flags += ["--eval-interval", 300]
+    command = [sys.executable, script.__file__, *map(str, flags), "--run-dir", "killed"]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(command, **quiet) as process:
+        wait_for(process, Path("killed/checkpoint_previous.pt").exists)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
     assert start(script, monkeypatch, *flags, "--run-dir", "killed", "--resume") is None
@@ -300,90 +279,111 @@ def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, mon
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_saves_and_stops_and_the_run_then_resumes(number, dataset, tmp_path, monkeypatch):
-    flags = [
-        *TINY_FOR["trqam_online"],
-        "--dataset-path",
-        str(dataset),
-        "--online-steps",
-        "20000",
-        "--log-interval",
-        "7",
-    ]
-    flags += ["--eval-interval", "20000", "--checkpoint-interval", "20000", "--compile", "off"]
-    command = [sys.executable, str(ROOT / "trqam_online.py"), *flags, "--run-dir", "stopped"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 300
-        online = lambda: (
-            "online" in Path("stopped/train.csv").read_text() if Path("stopped/train.csv").exists() else False
-        )
-        while not online() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+def test_a_first_signal_saves_and_stops_and_the_run_resumes(number, dataset, tmp_path, monkeypatch):
+    flags = [*tiny(trqam_online), "--dataset-path", dataset, "--log-interval", 7]
+    flags += ["--eval-interval", 20000, "--checkpoint-interval", 20000, "--compile", "off"]
+    words = [*flags, "--online-steps", 20000, "--run-dir", "stopped"]
+    command, table = (
+        [sys.executable, trqam_online.__file__, *map(str, words)],
+        Path("stopped/train.csv"),
+    )
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **quiet) as process:
+        wait_for(process, lambda: table.exists() and "online" in table.read_text())
         process.send_signal(number)
         said = process.communicate(timeout=300)[1]
     assert process.returncode == 128 + number
-    assert "stopped; continue with --run-dir stopped --resume" in said and "Traceback" not in said
-    step = torch.load("stopped/checkpoint.pt", weights_only=True)["step"]
-    assert 30 < step < 20030
-    end = ["--online-steps", step - 30 + 20]
-    assert start("trqam_online", monkeypatch, "--run-dir", "stopped", "--resume", *end) is None
-    assert start("trqam_online", monkeypatch, *flags, *end, "--run-dir", "whole") is None
-    assert differences(tmp_path / "whole", tmp_path / "stopped") == []
+    assert f"stopped; continue with --run-dir {tmp_path}/stopped --resume" in said
+    assert "Traceback" not in said
+    step = load("stopped")["done"]["online"]
+    assert 0 < step < 20000
+    end = ["--online-steps", step + 20]
+    monkeypatch.chdir("/")  # a run resumes from any folder
+    run = tmp_path / "stopped"
+    assert start(trqam_online, monkeypatch, "--run-dir", run, "--resume", *end) is None
+    assert start(trqam_online, monkeypatch, *flags, *end, "--run-dir", tmp_path / "whole") is None
+    assert differences(tmp_path / "whole", run) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_writes_its_files_and_a_prior_that_others_can_start_from(script, dataset, tmp_path, monkeypatch, capsys):
+def test_a_run_writes_its_files_and_a_clone_to_start_from(
+    script, dataset, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(common.Run, "draw", DRAW)
-    flags = [*TINY_FOR[script], "--dataset-path", dataset]
-    strength = [STRENGTH[script], 0.7]
-    assert start(script, monkeypatch, *flags, "--run-dir", "first", *strength) is None
+    flags, strong = [*tiny(script), "--dataset-path", dataset], [strength(script), 0.7]
+    assert start(script, monkeypatch, *flags, "--run-dir", "first", *strong) is None
     run = tmp_path / "first"
     config = json.loads((run / "config.json").read_text())
-    assert config["script"] == script and config["args"][strength[0][2:].replace("-", "_")] == 0.7
-    assert config["dataset"]["sha256"] == common.file_hash(dataset) and config["dataset"]["transitions"] == 2000
-    assert config["versions"]["ogbench"] == "1.2.2" and config["hardware"]["cores"] == os.cpu_count()
-    header = (run / "eval.csv").read_text().splitlines()[0]
-    assert header == "stage,step,success,success_stderr,return,length,episodes"
+    assert config["script"] == script.__name__
+    assert config["args"][strong[0][2:].replace("-", "_")] == 0.7
+    assert config["dataset"]["sha256"] == common.file_hash(dataset)
+    assert config["dataset"]["transitions"] == 2000
+    assert (
+        config["versions"]["ogbench"] == "1.2.2" and config["hardware"]["cores"] == common.cores()
+    )
+    columns = {"stage", "step", "success", "success_stderr", "return", "length", "episodes"}
+    assert columns < set(rows(run / "eval.csv")[0])
     evaluated = [(row["stage"], int(row["step"])) for row in rows(run / "eval.csv")]
-    online = [("online", 9)] if script == "trqam_online" else []
-    assert evaluated == [("bc", 12), ("offline", 9), ("offline", 18), *online]
+    last = [("online", 9)] if "--online-steps" in flags else []
+    assert evaluated == [("bc", 12), ("offline", 9), ("offline", 18), *last]
     train = rows(run / "train.csv")
-    assert [int(row["step"]) for row in train] == [3, 6, 9, 12, 3, 6, 9, 12, 15, 18] + [3, 6, 9] * len(online)
+    steps = [3, 6, 9, 12, 3, 6, 9, 12, 15, 18] + [3, 6, 9] * len(last)
+    assert [int(row["step"]) for row in train] == steps
     assert all(np.isfinite(float(row["losses/bc_loss"])) for row in train)
-    keys = ["path_kl", "closed_form_kl"]
-    keys += ["path_kl_ema", "lambda", "kl_budget"] if "trqam" in script else []
-    for key in keys:
-        assert float(train[-1][f"trust_region/{key}"]) > 0
-    assert float(train[-1]["losses/grad_norm"]) > 0 and float(train[-1]["charts/SPS"]) > 0
-    assert list(run.glob("events.out.tfevents.*")) and (run / "learning_curve.png").stat().st_size > 10_000
+    keys = ["trust_region/path_kl", "trust_region/closed_form_kl", "losses/grad_norm", "charts/SPS"]
+    if hasattr(script.Args, "kl_budget"):
+        keys += [f"trust_region/{key}" for key in ("path_kl_ema", "lambda", "kl_budget")]
+    assert all(float(train[-1][key]) > 0 for key in keys)
+    assert list(run.glob("events.out.tfevents.*"))
+    assert (run / "learning_curve.png").stat().st_size > 10_000
     assert "behaviour cloning" in capsys.readouterr().out
 
-    # The prior: fine-tuning from the file is the same as fine-tuning at once.
-    prior = ["--bc-checkpoint", run / "bc_checkpoint.pt", *strength]
-    assert start(script, monkeypatch, *flags, "--run-dir", "second", *prior) is None
-    ours, theirs = (torch.load(f"{name}/checkpoint.pt", weights_only=True)["agent"] for name in ("first", "second"))
+    # Fine-tuning from the clone's file is the same as fine-tuning at once.
+    prior = ["--bc-checkpoint", run / "bc_checkpoint.pt", *strong]
+    own = ["--offline-steps", 18]
+    assert start(script, monkeypatch, *flags, "--run-dir", "second", *prior, *own) is None
+    ours, theirs = (load(name)["state"]["agent"] for name in ("first", "second"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
-    # A prior can be evaluated by itself, and a run that has ended can be resumed, even without its prior's file.
-    assert start(script, monkeypatch, *flags, "--run-dir", "prior", *prior, "--offline-steps", 0) is None
+    # A run that has ended can be resumed, without its prior's file, and its tables heal.
     Path(prior[1]).rename("moved.pt")
+    table = Path("second/train.csv").read_text()
+    Path("second/train.csv").write_text("damaged")
     assert start(script, monkeypatch, "--run-dir", "second", "--resume") is None
+    assert Path("second/train.csv").read_text() == table
 
     capsys.readouterr()
-    evaluate = ["--eval-only", "--checkpoint", run / "checkpoint.pt"]
-    assert "--num-critics 2" in start(script, monkeypatch, *evaluate, "--num-critics", 3)
-    assert start(script, monkeypatch, *evaluate) is None
+    assert start(script, monkeypatch, "--eval-only", "--checkpoint", run / "checkpoint.pt") is None
     last = rows(run / "eval.csv")[-1]
-    assert f"success {float(last['success']):.3f}" in capsys.readouterr().out
+    assert f"success {float(last['success']):.2f}" in capsys.readouterr().out
+    one = ["--eval-episodes", 1]
+    assert (
+        start(script, monkeypatch, "--eval-only", "--checkpoint", run / "checkpoint.pt", *one)
+        is None
+    )
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_only_a_policy_that_exists_is_evaluated(dataset, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        after = common.Run.after
+        patch.setattr(common.Run, "after", lambda run, *x: after(run, *x) or kill_at(run, 7))
+        start(trqam_offline, patch, *TINY, "--dataset-path", dataset, "--run-dir", "run")
+    said = start(trqam_offline, monkeypatch, "--eval-only", "--checkpoint", "run/checkpoint.pt")
+    assert "no policy to evaluate yet" in said
+
+
+def kill_at(run, step):
+    if run.done == {"bc": step}:
+        raise Killed
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
-    module = SCRIPTS[script]
-    parse = lambda *words: (
-        monkeypatch.setattr(sys, "argv", [script, *words]),
-        common.parse_args(module.Args, module.settings, script),
-    )[1]
+    def parse(*words):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *words])
+        return common.parse_args(script.__name__, script.Args, script.settings)
+
     args = parse("--env-id", "cube-triple-play-singletask-task2-v0")
     assert (args.hidden_dims, args.actor_layer_norm, args.chunk_length) == ((1024,) * 4, True, 5)
     args = parse("--env-id", "humanoidmaze-medium-navigate-singletask-task1-v0", "--rho", "0.3")
@@ -393,90 +393,86 @@ def test_settings_come_from_the_domain_and_flags_win(script, monkeypatch):
     assert parse("--env-id", "scene-play-singletask-task1-v0").sparse_reward
     quick = parse("quick", "--bc-steps", "5")
     assert quick.bc_steps == 5
-    assert all(getattr(quick, name) == value for name, value in module.QUICK.items() if name != "bc_steps")
+    preset = {name: x for name, x in script.QUICK.items() if name != "bc_steps"}
+    assert {name: getattr(quick, name) for name in preset} == preset
     assert parse("quick", "--env-id", ENV).env_id == ENV
-    assert parse("--env-id", ENV) == module.Args(env_id=ENV)  # not a known domain: the general defaults
+    assert parse("--env-id", ENV) == script.Args(env_id=ENV)  # no known domain: general defaults
     domain = ["--env-id", "cube-quadruple-play-singletask-task1-v0"]
-    if "trqam" in script:
-        assert parse("--env-id", "cube-triple-play-singletask-task2-v0").kl_budget == 0.5
-        assert parse("--env-id", "humanoidmaze-medium-navigate-singletask-task1-v0").kl_budget == 0.5
+    if hasattr(script.Args, "kl_budget"):
+        for env_id in (
+            "cube-triple-play-singletask-task2-v0",
+            "humanoidmaze-medium-navigate-singletask-v0",
+        ):
+            assert parse("--env-id", env_id).kl_budget == 0.5
         assert parse(*domain).kl_budget == 1.0
-    else:
+    if hasattr(script.Args, "edit_scale"):
+        edits = [*domain, "--edit-scale", "0.1"]
         assert parse(*domain).inverse_temperature == 1.0
-        assert parse(*domain, "--edit-scale", "0.1").inverse_temperature == 3.0  # QAM-E's own
-        assert parse(*domain, "--edit-scale", "0.1", "--inverse-temperature", "2").inverse_temperature == 2.0
-        assert module.EDIT_TEMPERATURES.keys() < module.DOMAINS.keys()
-    assert module.DOMAINS.keys() == trqam_offline.DOMAINS.keys()
+        assert parse(*edits).inverse_temperature == 3.0  # QAM-E's own
+        assert parse(*edits, "--inverse-temperature", "2").inverse_temperature == 2.0
+    assert script.DOMAINS.keys() == trqam_offline.DOMAINS.keys()
 
 
-def saved(tmp_path, **changes):
-    """A bc_checkpoint.pt for TINY, with something changed."""
-    args = trqam_offline.Args(hidden_dims=(16, 16), chunk_length=4)
-    sizes = dict(domain="pointmaze-medium-navigate", observation_dim=2, action_dim=2, chunk_length=4)
-    sizes |= {"hidden_dims": (16, 16), "actor_layer_norm": False, **changes}
-    actor = trqam_offline.Agent(2, 8, args).actor_slow.state_dict()
-    torch.save(dict(kind="bc", sizes=sizes, actor_slow=actor), tmp_path / "bc.pt")
-    return tmp_path / "bc.pt"
+class Colour(enum.Enum):
+    RED = 1
 
 
-def flax_actor(actor, wrap=lambda array: array):
-    """A velocity field as the authors' checkpoints nest it: kernels [in, out], one dictionary a layer."""
-    mlp, arrays = {}, lambda layer: (layer.weight.detach().numpy(), wrap(layer.bias.detach().numpy()))
-    linear = [layer for layer in actor.net if isinstance(layer, torch.nn.Linear)]
-    for i, (weight, bias) in enumerate(map(arrays, linear)):
-        mlp[f"Dense_{i}"] = dict(kernel=wrap(weight.T.copy()), bias=bias)
-    for i, layer in enumerate(layer for layer in actor.net if isinstance(layer, torch.nn.LayerNorm)):
-        mlp[f"LayerNorm_{i}"] = dict(scale=wrap(layer.weight.detach().numpy()), bias=wrap(layer.bias.detach().numpy()))
-    others = dict(modules_critic={}, modules_actor_slow=dict(mlp=mlp))
-    return dict(agent=dict(rng=np.zeros(2, np.uint32), network=dict(step=np.int32(300_000), params=others)))
+@dataclasses.dataclass
+class VariantArgs(trqam_offline.Args):
+    """Settings of types that a variant may have."""
+
+    widths: tuple[float, ...] = (0.5, 1.0)
+    limit: float | None = None
+    folder: Path = Path("x")
+    names: tuple[str, ...] = ("a", "b")
 
 
-class JaxArray:
-    """Pickles as jax.Array does."""
+def test_a_variant_may_have_settings_of_any_type_and_tensors_of_any(dataset, monkeypatch):
+    """A step counter and a switch among its buffers, too: all of it saves, resumes and
+    evaluates."""
 
-    def __init__(self, array):
-        self.array = array
+    class Agent(trqam_offline.Agent):
+        def __init__(self, *words):
+            super().__init__(*words)
+            self.register_buffer("count", torch.tensor(7, dtype=torch.int64))
+            self.register_buffer("on", torch.tensor([True, False]))
 
-    def __reduce__(self):
-        return jax_array._reconstruct_array, (*self.array.__reduce__(), dict(weak_type=False))
-
-
-jax_array = types.ModuleType("jax._src.array")
-jax_array._reconstruct_array = lambda *parts: None
-jax_array._reconstruct_array.__module__, jax_array._reconstruct_array.__qualname__ = (
-    "jax._src.array",
-    "_reconstruct_array",
-)
-
-
-@pytest.mark.parametrize("protocol", [4, 5])
-@pytest.mark.parametrize("wrap", [lambda array: array, JaxArray], ids=["numpy", "jax"])
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_the_authors_cloned_policies_are_read(wrap, layer_norm, protocol, tmp_path, monkeypatch):
-    for name, module in {"jax": None, "jax._src": None, "jax._src.array": jax_array}.items():
-        monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
-    actor = trqam_offline.VelocityField(2, 8, (16, 24), layer_norm)
-    for parameter in actor.parameters():
-        torch.nn.init.normal_(parameter)
-    (tmp_path / "params_300000.pkl").write_bytes(pickle.dumps(flax_actor(actor, wrap), protocol=protocol))
-    sizes = dict(domain="x", observation_dim=2, action_dim=2, chunk_length=4, hidden_dims=(16, 24))
-    sizes["actor_layer_norm"] = layer_norm
-    monkeypatch.delitem(sys.modules, "jax")  # reading needs none of it
-    found = common.load_checkpoint(tmp_path / "params_300000.pkl", "bc", "--bc-checkpoint", sizes)["actor_slow"]
-    copy = trqam_offline.VelocityField(2, 8, (16, 24), layer_norm)
-    copy.load_state_dict(found)
-    s, x = torch.randn(5, 2), torch.randn(5, 8)
-    assert torch.equal(copy(s, x, 0.3), actor(s, x, 0.3))
-    for other in (dict(hidden_dims=(24, 16)), dict(actor_layer_norm=not layer_norm), dict(chunk_length=5)):
-        with pytest.raises(common.UserError, match="holds a policy of layers"):
-            common.load_checkpoint(tmp_path / "params_300000.pkl", "bc", "--bc-checkpoint", sizes | other)
+    monkeypatch.setattr(trqam_offline, "Args", VariantArgs)
+    monkeypatch.setattr(trqam_offline, "Agent", Agent)
+    own = ["--widths", 0.25, 4, "--limit", 3.5, "--folder", "a/b", "--names", "c"]
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", *own]
+    assert start(trqam_offline, monkeypatch, *flags) is None
+    assert (
+        start(trqam_offline, monkeypatch, "--resume", "--run-dir", "run", "--offline-steps", 20)
+        is None
+    )
+    found = common.read_checkpoint(Path("run/checkpoint.pt"), "trqam_offline", "")
+    assert found["done"]["offline"] == 20 and found["state"]["agent"]["count"] == 7
+    args = {name: found["args"][name] for name in ("widths", "limit", "folder", "names")}
+    assert args == dict(widths=(0.25, 4.0), limit=3.5, folder=Path("a/b"), names=("c",))
+    assert (
+        start(trqam_offline, monkeypatch, "--eval-only", "--checkpoint", "run/checkpoint.pt")
+        is None
+    )
 
 
-def test_a_run_starts_from_the_authors_cloned_policy(dataset, monkeypatch):
-    actor = trqam_offline.VelocityField(2, 8, (16, 16), False)
-    Path("params_1.pkl").write_bytes(pickle.dumps(flax_actor(actor)))
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 0]
-    assert start("trqam_offline", monkeypatch, *flags, "--bc-checkpoint", "params_1.pkl") is None
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    common.write_checkpoint(tmp_path / "x.pt", {"state": torch.ones(2)})
+    before = (tmp_path / "x.pt").read_bytes()
+    for content in ({"state": Colour.RED}, {"state": torch.tensor([1.0, math.nan])}):
+        with pytest.raises(common.UserError, match="could not be read back"):
+            common.write_checkpoint(tmp_path / "x.pt", content)
+    assert (tmp_path / "x.pt").read_bytes() == before
+
+
+def saved_clone(folder, **args):
+    """A bc_checkpoint.pt for TINY, or for other settings."""
+    args = trqam_offline.Args(**{"env_id": ENV, "hidden_dims": (16, 16), "chunk_length": 4} | args)
+    clone = trqam_offline.Agent(2, 2 * args.chunk_length, args).clone.state_dict()
+    domain = common.domain_of(args.env_id)
+    content = dict(kind="bc", domain=domain, args=vars(args), data=None, state=clone)
+    torch.save(content, folder / "bc.pt")
+    return folder / "bc.pt"
 
 
 class Hostile:
@@ -487,220 +483,240 @@ class Hostile:
         return self.parts
 
 
-@pytest.mark.parametrize("hostile, named", [
-    (Hostile(os.system, "touch harmed"), "posix.system"),
-    (dict(agent=[Hostile(eval, "open('harmed', 'w')")]), "builtins.eval"),
-    (Hostile(getattr, Path, "touch"), "builtins.getattr"),
-    (Hostile(np.load, "x.npy"), "numpy.load"),
-    (Hostile(np.ndarray, (3,)), "cannot be read"),
-    (np.array([Hostile(os.system, "touch harmed")], dtype=object), "an array of type 'O8'"),
-    (np.zeros(3, dtype="datetime64[s]"), "an array of type 'M8'"),
-    (dict(agent=3), "cannot be read"),
-    ("text", "cannot be read"),
-])  # fmt: skip
-def test_a_hostile_or_foreign_pickle_runs_nothing(hostile, named, dataset, monkeypatch):
-    Path("params_1.pkl").write_bytes(pickle.dumps(hostile))
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--bc-checkpoint", "params_1.pkl"]
-    said = start("trqam_offline", monkeypatch, *flags)
-    assert "--bc-checkpoint: params_1.pkl" in said and named in said and "\n" not in said
-    assert [path.name for path in Path().iterdir()] == ["params_1.pkl"]
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        Hostile(os.system, "touch harmed"),
+        dict(agent=[Hostile(eval, "open('harmed', 'w')")]),
+        Hostile(getattr, Path, "touch"),
+        Hostile(Path.touch, Path("harmed")),
+    ],
+)
+def test_a_hostile_checkpoint_runs_nothing(hostile, dataset, monkeypatch):
+    torch.save(dict(kind="bc", domain="pointmaze-medium-navigate", state=hostile), "x.pt")
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--bc-checkpoint", "x.pt"]
+    said = start(trqam_offline, monkeypatch, *flags)
+    assert "x.pt is damaged or no checkpoint" in said and "\n" not in said
+    assert [path.name for path in Path().iterdir()] == ["x.pt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_cuda_that_is_absent_is_refused(script, dataset, monkeypatch):
-    said = start(script, monkeypatch, *TINY, "--dataset-path", dataset, "--device", "cuda")
+def test_cuda_that_is_absent_is_refused(dataset, monkeypatch):
+    said = start(trqam_offline, monkeypatch, *TINY, "--dataset-path", dataset, "--device", "cuda")
     assert "--device cuda" in said and "--device cpu" in said and not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, tmp_path, monkeypatch):
-    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 3, "--bc-steps", 3]
+def test_a_run_is_never_overwritten_and_resumes_only_as_itself(script, dataset, monkeypatch):
+    flags = [*tiny(script), "--dataset-path", dataset, "--run-dir", "run"]
+    flags += ["--offline-steps", 3, "--bc-steps", 3]
     assert start(script, monkeypatch, *flags) is None
     before = {path: path.read_bytes() for path in Path("run").iterdir()}
     assert "not empty" in start(script, monkeypatch, *flags)
-    assert f"{STRENGTH[script]} 1.0" in start(script, monkeypatch, *flags, "--resume", STRENGTH[script], 2.0)
-    np.savez("other.npz", **{key: array for key, array in np.load(dataset).items() if key != "qvel"})
-    said = start(script, monkeypatch, "--run-dir", "run", "--resume", "--dataset-path", "other.npz")
-    assert "--resume: the run began on" in said and said.count("sha256") == 2
-    config = Path("run/config.json").read_text()
-    for damage in ("", "{}", "[]", config[:100]):
-        Path("run/config.json").write_text(damage)
-        said = start(script, monkeypatch, *flags, "--resume")
-        assert "config.json is damaged" in said and "\n" not in said
-    Path("run/config.json").write_text(config)
+    flag = strength(script)
+    assert f"{flag} 1.0" in start(script, monkeypatch, *flags, "--resume", flag, 2.0)
     with open("run/.lock") as lock:
-        common.fcntl.flock(lock, common.fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another process" in start(script, monkeypatch, *flags, "--resume")
-    whole = Path("run/checkpoint.pt").read_bytes()
-    Path("run/checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    said = start(script, monkeypatch, *flags, "--resume")
-    assert "checkpoint.pt is damaged" in said and "\n" not in said
-    Path("run/checkpoint.pt").write_bytes(whole)
-    other = next(other for other in SCRIPTS if other != script)
+    other = SCRIPTS[SCRIPTS.index(script) - 1]
     said = start(other, monkeypatch, "--run-dir", "run", "--resume")
-    assert f"is one of {script}.py, not of {other}.py" in said and "\n" not in said
+    assert f"'{script.__name__}'; one of '{other.__name__}' is needed" in said and "\n" not in said
     assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_full_disk_leaves_the_last_good_checkpoint(script, dataset, tmp_path, monkeypatch):
-    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run"]
+def test_two_runs_started_in_one_second_get_folders_of_their_own(dataset, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    for _ in range(2):
+        assert start(trqam_offline, monkeypatch, *TINY, "--dataset-path", dataset) is None
+    assert len([*Path("runs").iterdir()]) == 2
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(dataset, monkeypatch):
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run"]
     write, saves = common.os.fsync, iter(range(1000))
 
     def full(file):
-        if os.readlink(f"/proc/self/fd/{file}").endswith(".checkpoint.pt.tmp") and next(saves) == 2:
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".checkpoint.pt.tmp") and next(saves) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file)
 
     monkeypatch.setattr(common.os, "fsync", full)
-    said = start(script, monkeypatch, *flags)
+    said = start(trqam_offline, monkeypatch, *flags)
     assert "checkpoint.pt could not be written (No space left on device)" in said
-    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 10  # the second of 5, 10, 12, ...
+    assert load("run")["done"] == {"bc": 10}  # the third of step 0, 5, 10, ...
     monkeypatch.setattr(common.os, "fsync", write)
-    assert start(script, monkeypatch, *flags, "--resume") is None
+    assert start(trqam_offline, monkeypatch, *flags, "--resume") is None
     assert not list(Path("run").glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("env_id, way_out", [
-    ("scene-play-singletask-task1-v0", "--collect-episodes 1000"),
-    (ANTMAZE, "no oracle for it exists"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env_id, way_out",
+    [
+        ("scene-play-singletask-task1-v0", "--collect-episodes 1000"),
+        (ANTMAZE, "--dataset-path"),
+    ],
+)
 def test_a_failed_download_says_how_to_go_on(env_id, way_out, tmp_path, monkeypatch):
     def unreachable(names, folder):
         raise urllib.error.URLError("host is down")
 
-    monkeypatch.setattr(common.ogbench, "download_datasets", unreachable)
-    said = start("trqam_offline", monkeypatch, "--env-id", env_id, "--dataset-dir", tmp_path / "data")
-    assert "host is down" in said and way_out in said and "\n" not in said
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(common.import_ogbench(), "download_datasets", unreachable)
+    said = start(trqam_offline, monkeypatch, "--env-id", env_id, "--dataset-dir", tmp_path / "data")
+    assert "host is down" in said and way_out in said and "mirror" in said and "\n" not in said
+    assert not [*Path("data").iterdir()] and not Path("runs").exists()
 
 
-def test_divergence_is_named_and_ends_the_run(dataset, monkeypatch):
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--learning-rate", 1e9]
-    said = start("trqam_offline", monkeypatch, *flags)
-    assert "is not finite at step" in said and "of bc: training diverged" in said and "--learning-rate" in said
+@pytest.mark.parametrize("content", [b"<html>404</html>", b"PK\3\4 cut short"])
+def test_a_download_that_is_no_whole_file_is_not_kept_and_fetched_again(
+    content, dataset, monkeypatch
+):
+    fetched = []
+
+    def download(names, folder):
+        fetched.append(names)
+        content_now = content if len(fetched) == 1 else dataset.read_bytes()
+        Path(folder, f"{names[0]}.npz").write_bytes(content_now)
+
+    monkeypatch.setattr(common.import_ogbench(), "download_datasets", download)
+    flags = ["--dataset-dir", "data", "--run-dir", "run"]
+    said = start(trqam_offline, monkeypatch, *TINY, *flags)
+    assert "could not be downloaded" in said and not [*Path("data").iterdir()]
+    assert start(trqam_offline, monkeypatch, *TINY, *flags) is None and len(fetched) == 2
+    assert [path.name for path in Path("data").iterdir()] == ["pointmaze-medium-navigate-v0.npz"]
 
 
-def loss_turns_bad(module, monkeypatch, number):
-    """Call `number` of the adjoint matching loss gives infinity."""
-    loss, calls = module.adjoint_matching_loss, iter(range(1, 1000))
-    give = lambda *parts: loss(*parts) + (math.inf if next(calls) == number else 0)
-    monkeypatch.setattr(module, "adjoint_matching_loss", give)
-
-
-def gradient_turns_bad(module, monkeypatch, number):
-    """Backward pass `number` of the critic's first kernel gives one NaN."""
-    make, calls = module.Agent.make_optimizer, iter(range(1, 1000))
-    bad = lambda gradient: gradient.index_fill(2, torch.tensor(1), math.nan) if next(calls) == number else gradient
-
-    def with_hook(agent, args):
-        if not agent.critic.kernels[0]._backward_hooks:
-            agent.critic.kernels[0].register_hook(bad)
-        return make(agent, args)
-
-    monkeypatch.setattr(module.Agent, "make_optimizer", with_hook)
-
-
-@pytest.mark.parametrize("turn_bad, name", [
-    (loss_turns_bad, "losses/adjoint_matching_loss"),
-    (gradient_turns_bad, "gradients/critic"),
-])  # fmt: skip
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_is_not_finite_first_is_named_with_its_step(script, turn_bad, name, dataset, monkeypatch):
-    """Between two rows of the log, and two checkpoints: the newest checkpoint is from before it."""
-    turn_bad(SCRIPTS[script], monkeypatch, 4 + 11)  # after the four updates that are timed
-    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run", "--log-interval", 7]
+def test_divergence_ends_the_run_and_keeps_a_checkpoint_from_before(script, dataset, monkeypatch):
+    loss, calls = script.adjoint_matching_loss, iter(range(1, 1000))
+
+    def turns_bad(*words):
+        return loss(*words) + (math.inf if next(calls) == 13 else 0)
+
+    monkeypatch.setattr(script, "adjoint_matching_loss", turns_bad)
+    flags = [*tiny(script), "--dataset-path", dataset, "--run-dir", "run", "--log-interval", 13]
     said = start(script, monkeypatch, *flags)
-    assert said.startswith(f"error: {name} is not finite at step 11 of offline: ") and "\n" not in said
+    assert said.startswith(
+        "error: losses/adjoint_matching_loss is not finite at step 13 of offline"
+    )
+    assert "training diverged" in said and "--learning-rate" in said and "\n" not in said
     assert "run/checkpoint.pt is from before it" in said
-    state = torch.load("run/checkpoint.pt", weights_only=True)
-    assert state["step"] == 12 + 10 and all(torch.isfinite(weight).all() for weight in state["agent"].values())
+    found = load("run")
+    assert found["done"]["offline"] == 10
+    assert all(torch.isfinite(weight).all() for weight in found["state"]["agent"].values())
 
 
-def action_turns_bad(module, monkeypatch):
-    act = module.act
-    monkeypatch.setattr(module, "act", lambda *parts: act(*parts) * (math.nan if len(parts[1]) == 1 else 1))
+def test_weights_that_are_not_finite_are_not_saved(dataset, monkeypatch):
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--learning-rate", 1e9]
+    said = start(trqam_offline, monkeypatch, *flags, "--log-interval", 1000)
+    assert "is not finite at step" in said and "training diverged" in said
+    assert all(torch.isfinite(x).all() for x in load("run")["state"].get("agent", {}).values())
 
 
-def observation_turns_bad(module, monkeypatch):
+def action_turns_bad(script, monkeypatch):
+    act = script.act
+
+    def bad(agent, observation, noise, args):
+        return act(agent, observation, noise, args) * (math.nan if len(noise) == 1 else 1)
+
+    monkeypatch.setattr(script, "act", bad)
+
+
+def observation_turns_bad(script, monkeypatch):
     step = gymnasium.wrappers.TimeLimit.step
-    bad = lambda env, action: (step(env, action)[0] * np.inf, *step(env, action)[1:])
+
+    def bad(env, action):
+        observation, *others = step(env, action)
+        return observation * np.inf, *others
+
     monkeypatch.setattr(gymnasium.wrappers.TimeLimit, "step", bad)
 
 
-@pytest.mark.parametrize("turn_bad, name", [
-    (action_turns_bad, "the action of online step 1"),
-    (observation_turns_bad, "the observation after online step 1"),
-])  # fmt: skip
-@pytest.mark.parametrize("script", ["trqam_online", "qam_baseline"])
-def test_actions_and_observations_that_are_not_finite_end_the_run(script, turn_bad, name, dataset, monkeypatch):
-    turn_bad(SCRIPTS[script], monkeypatch)
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--online-steps", 9, "--learning-starts", 2]
-    said = start(script, monkeypatch, *flags)
+@pytest.mark.parametrize(
+    "turn_bad, name",
+    [
+        (action_turns_bad, "the action of online step 1"),
+        (observation_turns_bad, "the observation after online step 1"),
+    ],
+)
+@pytest.mark.parametrize("script", scripts_with("online_steps"))
+def test_actions_and_observations_that_are_not_finite_end_the_run(
+    script, turn_bad, name, dataset, monkeypatch
+):
+    turn_bad(script, monkeypatch)
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run"]
+    said = start(script, monkeypatch, *flags, "--online-steps", 9, "--learning-starts", 2)
     assert said.startswith(f"error: {name} is not finite (number [0] is ") and "\n" not in said
-    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 30  # the end of the offline stage
-
-
-def test_online_the_update_that_was_not_finite_is_named_and_not_the_action_that_followed(dataset, monkeypatch):
-    gradient_turns_bad(
-        trqam_online, monkeypatch, 4 + 18 + 2
-    )  # the second online update, after the timed and the offline
-    flags = [*TINY_FOR["trqam_online"], "--dataset-path", dataset, "--run-dir", "run", "--log-interval", 100]
-    said = start("trqam_online", monkeypatch, *flags)
-    assert said.startswith("error: gradients/critic is not finite at step 4 of online: training diverged")
+    assert load("run")["done"] == {"bc": 12, "offline": 18}
 
 
 def test_an_evaluated_action_that_is_not_finite_is_named(dataset, monkeypatch):
     act = trqam_offline.act
-    monkeypatch.setattr(trqam_offline, "act", lambda *parts: act(*parts) * math.nan)
-    said = start("trqam_offline", monkeypatch, *TINY, "--dataset-path", dataset, "--run-dir", "run")
-    assert said.startswith("error: at step 12 of bc, an action in the evaluation is not finite") and "\n" not in said
+    monkeypatch.setattr(trqam_offline, "act", lambda *words, **more: act(*words, **more) * math.nan)
+    said = start(trqam_offline, monkeypatch, *TINY, "--dataset-path", dataset, "--run-dir", "run")
+    assert said.startswith("error: at step 12 of bc, an action in the evaluation is not finite")
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses the operations that bring a tensor's value to the program, and so wait for the device."""
+    """Refuses the operations that bring a tensor's value to the program, and so wait for the
+    device."""
 
-    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+    WAITING = [
+        getattr(torch.ops.aten, x).default for x in ("_local_scalar_dense", "nonzero", "equal")
+    ]
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         lists = [part for part in args if isinstance(part, (list, tuple))]
-        masks = [x for part in lists for x in part if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
-        assert operation not in self.WAITING and not ("index" in str(operation) and masks), operation
+        tensors = [x for part in lists for x in part if isinstance(x, torch.Tensor)]
+        by_mask = "index" in str(operation) and any(x.dtype == torch.bool for x in tensors)
+        assert operation not in self.WAITING and not by_mask, operation
         return operation(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_step_between_two_logs_waits_for_the_device(script, dataset, monkeypatch):
-    tick, patch, stack, entered = common.Run.tick, pytest.MonkeyPatch(), contextlib.ExitStack(), []
+    after, patch, stack = common.Run.after, pytest.MonkeyPatch(), contextlib.ExitStack()
+    entered = []
 
     def waits(tensor, *args, **kwargs):
         raise AssertionError("a tensor's value was asked for")
 
-    def watched(run, stage, step, statistics, updates=1):
-        tick(run, stage, step, statistics, updates)
-        if (stage, step) == ("offline", 4):
+    def watched(run, *words):
+        after(run, *words)
+        if run.done == {"bc": 12, "offline": 4}:
             stack.enter_context(NoWaiting())
-            for name in ("tolist", "numpy", "cpu", "item", "__float__", "__bool__"):  # which do not all go through it
+            for name in (
+                "tolist",
+                "numpy",
+                "cpu",
+                "item",
+                "__float__",
+                "__bool__",
+            ):  # not all go through
                 patch.setattr(torch.Tensor, name, waits)
-        if (stage, step) == ("offline", 6):
+        if run.done == {"bc": 12, "offline": 6}:
             patch.undo()
             stack.close()
-            entered.append(step)
+            entered.append(True)
 
-    monkeypatch.setattr(common.Run, "tick", watched)
-    flags = [*TINY_FOR[script], "--dataset-path", dataset, "--run-dir", "run"]
+    monkeypatch.setattr(common.Run, "after", watched)
+    flags = [*tiny(script), "--dataset-path", dataset, "--run-dir", "run"]
     flags += ["--log-interval", 10, "--checkpoint-interval", 20]
     try:
-        assert start(script, monkeypatch, *flags) is None and entered == [6]
+        assert start(script, monkeypatch, *flags) is None and entered
     finally:
         patch.undo()
         stack.close()
 
 
-def test_training_finishes_when_nothing_can_be_filmed(dataset, monkeypatch, capsys):
+def test_training_needs_no_renderer_and_filming_is_tried_first(dataset, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "no-such-renderer")
-    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 3, "--bc-steps", 3]
-    assert start("trqam_offline", monkeypatch, *flags, "--capture-video") is None
-    said = capsys.readouterr().out
-    assert "no video: " in said and "minutes; curve: " in said
+    monkeypatch.setenv("MPLBACKEND", "no-such-backend")
+    monkeypatch.setattr(common.Run, "draw", DRAW)
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 3]
+    words = [sys.executable, trqam_offline.__file__, *map(str, flags)]
+    said = subprocess.run([*words, "--capture-video"], capture_output=True, text=True)
+    assert said.returncode == 1 and "--capture-video: no renderer works here" in said.stderr
+    assert not Path("run").exists()
+    said = subprocess.run(words, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "minutes; curve: " in said.stdout

@@ -1,0 +1,189 @@
+"""What surrounds a run must not break or bend it: variables of other programs, terminals, pipes,
+temporary folders, shared machines, and programs that call `main` as a function."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_runs import ENV, TINY, start
+
+import common
+import trqam_offline
+
+SHORT = [*TINY, "--bc-steps", "4", "--offline-steps", "4", "--eval-episodes", "1"]
+
+
+def run(words, **variables):
+    """A finished process, with environment variables set (None: unset)."""
+    variables = {key: x for key, x in (os.environ | variables).items() if x is not None}
+    return subprocess.run(words, env=variables, capture_output=True, text=True)
+
+
+def test_a_program_without_a_guard_in_a_hostile_environment_trains(dataset, tmp_path):
+    """Its own lines run once, and not in each worker; a long TMPDIR, an ASCII terminal, and what
+    other
+    programs set for MuJoCo, Matplotlib and Python change nothing; PYTHONPATH is kept."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "of_the_user.py").write_text("")
+    (tmp_path / ("t" * 90)).mkdir()
+    settings = dict(
+        env_id=ENV,
+        dataset_path=str(dataset),
+        run_dir=str(tmp_path / "run"),
+        hidden_dims=(16,),
+        num_critics=2,
+        flow_steps=3,
+        batch_size=8,
+        bc_steps=4,
+        offline_steps=4,
+        eval_episodes=2,
+        num_threads=1,
+    )
+    program = tmp_path / "own.py"
+    program.write_text(
+        "import of_the_user, trqam_offline\nprint('own line')\n"
+        f"trqam_offline.main(trqam_offline.Args(**{settings!r}))\n"
+    )
+    said = run(
+        [sys.executable, str(program)],
+        PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{ROOT}",
+        TMPDIR=str(tmp_path / ("t" * 90)),
+        PYTHONIOENCODING="ascii",
+        MUJOCO_GL="nonsense",
+        MPLBACKEND="nonsense",
+        PYTHONWARNINGS="error::DeprecationWarning:none",
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("own line") == 1 and "minutes; curve" in said.stdout
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+
+
+def imports(name, answer):
+    try:
+        importlib.import_module(name)
+        answer.put(os.environ["PYTHONPATH"])
+    except ImportError as error:
+        answer.put(str(error))
+
+
+def test_workers_keep_the_users_pythonpath(tmp_path, monkeypatch):
+    (tmp_path / "of_the_user.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with common.worker_context("spawn") as context:
+        answer = context.Queue()
+        process = context.Process(target=imports, args=("of_the_user", answer))
+        process.start()
+    assert answer.get(timeout=60).split(os.pathsep) == [str(ROOT), str(tmp_path)]
+    process.join()
+    assert os.environ["PYTHONPATH"] == str(tmp_path)
+
+
+def test_a_closed_pipe_is_told_as_one(dataset, tmp_path):
+    """As after `| head -1`."""
+    words = [sys.executable, "-u", trqam_offline.__file__, *SHORT, "--dataset-path", str(dataset)]
+    words += ["--run-dir", str(tmp_path / "run")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, **pipes) as process:
+        assert process.stdout.readline().startswith("run: ")
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1 and "Traceback" not in said and "mend" not in said
+    assert "error: what reads this program's output has ended" in said
+
+
+def test_without_a_home_the_flag_that_needs_one_is_named(dataset, tmp_path, monkeypatch):
+    def homeless(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    flags = [*SHORT, "--run-dir", tmp_path / "run"]
+    said = start(trqam_offline, monkeypatch, *flags)
+    assert "--dataset-dir" in said and "home directory" in said and not (tmp_path / "run").exists()
+    assert start(trqam_offline, monkeypatch, *flags, "--dataset-path", dataset) is None  # unused
+
+
+def test_the_output_of_a_process_without_a_terminal_at_all(tmp_path):
+    words = f"{sys.executable} {trqam_offline.__file__} --env-id nonsense >&- 2>&-"
+    assert subprocess.run(["bash", "-c", words]).returncode == 1
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    assert common.cores() == 1
+
+
+def test_a_wait_for_another_processs_lock_is_said(tmp_path, monkeypatch, capsys):
+    first = common.lock_file(tmp_path / "x.lock", wait=True)
+    calls, flock = [], common.fcntl.flock
+
+    def unlock_then(file, how):
+        calls.append(how)
+        if len(calls) == 2:
+            first.close()
+        return flock(file, how)
+
+    monkeypatch.setattr(common.fcntl, "flock", unlock_then)
+    common.lock_file(tmp_path / "x.lock", wait=True).close()
+    assert f"waiting for another process, which holds {tmp_path}/x.lock" in capsys.readouterr().out
+
+
+def test_workers_that_cannot_start_are_told_before_anything_is_written(dataset, monkeypatch):
+    class Broken:
+        def __getattr__(self, name):
+            raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(common.multiprocessing, "get_context", lambda *_: Broken())
+    said = start(trqam_offline, monkeypatch, *SHORT, "--dataset-path", dataset, "--run-dir", "run")
+    assert "worker processes cannot be started" in said and not Path("run").exists()
+
+
+def test_a_disk_without_room_for_checkpoints_is_told_first(dataset, monkeypatch):
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: type("", (), {"free": 1000}))
+    said = start(trqam_offline, monkeypatch, *SHORT, "--dataset-path", dataset, "--run-dir", "run")
+    assert "no room for two checkpoints" in said and not Path("run").exists()
+
+
+def test_another_number_of_rows_is_not_called_official(dataset, tmp_path):
+    name = "pointmaze-medium-navigate-v0"
+    (tmp_path / f"{name}.npz").write_bytes(dataset.read_bytes())
+    _, info = common.load_dataset(ENV, chunk_length=1, gamma=1.0, dataset_dir=str(tmp_path))
+    assert info["origin"] == "path" and "official" not in common.describe_dataset(info)
+
+
+def test_a_smaller_set_than_the_published_one_says_so():
+    info = dict(origin="path", files=["x.npz"], dataset="cube-triple-play-v0", sha256="0" * 64)
+    info |= dict(transitions=3_000_000, published_transitions=10_000_000)
+    assert "published results of the domain: 10,000,000" in common.describe_dataset(info)
+    info |= dict(transitions=10_000_000)
+    assert "published" not in common.describe_dataset(info)
+
+
+def test_rewards_that_are_not_used_and_missing_ends_are_said(dataset, tmp_path, capsys):
+    arrays = dict(np.load(dataset))
+    arrays |= dict(rewards=np.ones(2002), terminals=np.zeros(2002, bool))
+    np.savez(tmp_path / "x.npz", **arrays)
+    common.load_dataset(ENV, chunk_length=1, gamma=1.0, dataset_path=str(tmp_path / "x.npz"))
+    said = capsys.readouterr().out
+    assert "rewards and masks in" in said and "not used" in said and "marks no end" in said
+
+
+def test_files_that_are_never_read_cannot_make_a_dataset_fail(dataset, tmp_path):
+    (tmp_path / dataset.name).write_bytes(dataset.read_bytes())
+    (tmp_path / f"{dataset.stem}-val.npz").write_bytes(b"damaged")
+    (tmp_path / "notes.json").write_text("{")
+    data, info = common.load_dataset(ENV, chunk_length=1, gamma=1.0, dataset_path=str(tmp_path))
+    assert data.size == 2000 and torch.isfinite(data.rewards).all() and info["origin"] == "path"
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:x", "gpu"])
+def test_devices_that_are_not_supported_are_refused_by_name(device):
+    with pytest.raises(common.UserError, match=device):
+        trqam_offline.Args(device=device).check()
