@@ -75,6 +75,7 @@ def imports(name, answer):
 def test_workers_keep_the_users_pythonpath(tmp_path, monkeypatch):
     (tmp_path / "of_the_user.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)  # as it is where a program was started with it
     with common.worker_context("spawn") as context:
         answer = context.Queue()
         process = context.Process(target=imports, args=("of_the_user", answer))
