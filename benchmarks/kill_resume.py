@@ -1,13 +1,12 @@
-"""Kills tiny runs at random moments, resumes them, and compares their ends with those of runs that were left alone.
+"""Kills tiny runs at random moments, resumes them, and compares their ends with undisturbed ones.
 
     python benchmarks/kill_resume.py --kills 100
 
-Each case is a script and a way to start it: collecting, behaviour cloning, offline, online, with evaluations and
-checkpoints a few steps apart. Its processes get SIGKILL after a uniformly random time, up to that of the whole run, and
-are started again with --resume, until they finish. What is compared, to the bit: all of checkpoint.pt and of the one
-before it (weights, Adam's moments, lambda, generator, counters), bc_checkpoint.pt, what was collected, offline and
-online, and the rows of train.csv and eval.csv; the clock's columns aside. Prints the moments that were hit and every
-difference found, and exits with status 1 where there is one.
+Each case is a script and a way to start it, from collecting to online, with evaluations and
+checkpoints a few steps apart. Its processes get SIGKILL after a uniformly random time, up to the
+whole run's, and are started again, with --resume where there is a checkpoint, until they finish.
+Compared, to the bit, are all of the three checkpoints, the collected files and the tables, but for
+clock and paths. Prints the moments that were hit and all that differs; if any, the status is 1.
 """
 
 import concurrent.futures
@@ -27,21 +26,26 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
-    "--env-id pointmaze-medium-navigate-singletask-task1-v0 --hidden-dims 16 16 --num-critics 2 --flow-steps 3 "
-    "--batch-size 8 --chunk-length 4 --bc-steps 40 --offline-steps 40 --eval-interval 20 --eval-episodes 2 "
-    "--log-interval 2 --checkpoint-interval 5 --num-threads 1 --run-dir run --dataset-dir data --collect-episodes 3"
+    "--env-id pointmaze-medium-navigate-singletask-task1-v0 --hidden-dims 16 16 --num-critics 2 "
+    "--flow-steps 3 --batch-size 8 --chunk-length 4 --bc-steps 40 --offline-steps 40 "
+    "--eval-interval 20 --eval-episodes 2 --log-interval 2 --checkpoint-interval 5 --num-threads 1 "
+    "--run-dir run --dataset-dir data --collect-episodes 3"
 ).split()
 ONLINE = "--online-steps 40 --learning-starts 10".split()
 CASES = {  # name -> (script, flags); "prior" is a finished run of trqam_offline.py
     "trqam_offline": ("trqam_offline", []),
     "trqam_online": ("trqam_online", ONLINE),
-    "trqam_online, from an offline run": ("trqam_online", [*ONLINE, "--checkpoint", "../prior/run/checkpoint.pt"]),
-    "trqam_online, from a clone": ("trqam_online", [*ONLINE, "--bc-checkpoint", "../prior/run/bc_checkpoint.pt"]),
+    "trqam_online, from an offline run":
+        ("trqam_online", [*ONLINE, "--checkpoint", "../prior/run/checkpoint.pt"]),
+    "trqam_online, from a clone":
+        ("trqam_online", [*ONLINE, "--bc-checkpoint", "../prior/run/bc_checkpoint.pt"]),
     "qam_baseline": ("qam_baseline", [*ONLINE, "--balanced-sampling"]),
     "qam_baseline, with edits": ("qam_baseline", [*ONLINE, "--edit-scale", "0.2"]),
 }
-CLOCK = {"charts/SPS", "charts/environment_SPS", "charts/update_SPS"}  # columns
-OF_A_SITTING = {"seconds", "resume"}  # entries of a checkpoint, and of its args
+CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"
+# Columns of the clock, and what else a checkpoint holds of the sitting that wrote it: not compared.
+OF_A_SITTING = set("charts/SPS charts/environment_SPS seconds wandb_id files resume run_dir "
+                   "dataset_dir checkpoint bc_checkpoint".split())
 
 
 @dataclass
@@ -56,80 +60,79 @@ class Args:
     """runs side by side"""
 
 
-def command(script: str, flags: list[str]) -> list[str]:
-    return [sys.executable, str(ROOT / f"{script}.py"), *flags]
-
-
-def start(words: list[str], folder: Path) -> subprocess.Popen:
+def start(script: str, flags: list[str], folder: Path) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    words = [sys.executable, str(ROOT / f"{script}.py"), *flags]
     with open(folder / "output", "a") as output:
         return subprocess.Popen(words, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
 
 
+def last_line(folder: Path) -> str:
+    return (folder / "output").read_text().splitlines()[-1]
+
+
 def moment(folder: Path, began: float) -> str:
-    """What a run that was started at a time, in seconds since the epoch, was doing, by its files."""
-    run = folder / "run"
-    if not (run / "config.json").exists():
-        return "before its folder"
-    if any(path.stat().st_mtime > began for path in folder.glob("*/.*.tmp")):  # not one of an earlier sitting
+    """What a run, started at a time in seconds since the epoch, was doing, by its files."""
+    if any(path.stat().st_mtime > began for path in folder.glob("*/.*.tmp")):  # of this sitting
         return "writing a file"
+    if not (folder / "run" / CHECKPOINTS[0]).exists():
+        return "before its first checkpoint"
     if not any((folder / "data").glob("*-v0.json")):
         return "collecting"
-    stages = [line.split(",")[0] for line in (run / "train.csv").read_text().splitlines()[1:]]
-    return stages[-1] if stages else "starting"
+    table = folder / "run" / "train.csv"
+    rows = rows_of(table) if table.exists() else []
+    return rows[-1]["stage"] if rows else "starting"
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
+    """A table's rows, without the clock's columns."""
     with open(path, newline="") as file:
-        return [{key: value for key, value in row.items() if key not in CLOCK} for row in csv.DictReader(file)]
+        return [{key: x for key, x in row.items() if key not in OF_A_SITTING}
+                for row in csv.DictReader(file)]
 
 
 def unequal(name: str, ours, theirs) -> list[str]:
     """Names of what differs between two nested values, bit by bit."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        if ours.keys() != theirs.keys():
-            return [name]
         keys = ours.keys() - OF_A_SITTING
-        return [found for key in sorted(keys, key=str) for found in unequal(f"{name}/{key}", ours[key], theirs[key])]
+        if keys != theirs.keys() - OF_A_SITTING:
+            return [name]
+        pairs = ((f"{name}/{key}", ours[key], theirs[key]) for key in sorted(keys, key=str))
+        return [found for pair in pairs for found in unequal(*pair)]
     if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        bits = lambda tensor: (tensor.dtype, tensor.shape, tensor.numpy().tobytes())
-        return [] if bits(ours) == bits(theirs) else [name]
+        ours, theirs = ((x.dtype, x.shape, x.numpy().tobytes()) for x in (ours, theirs))
     return [] if type(ours) is type(theirs) and ours == theirs else [name]
 
 
 def differences(whole: Path, resumed: Path) -> list[str]:
     """Names of what differs between two finished runs, each with its data beside it."""
+    readers = {f"run/{name}": torch.load for name in (*CHECKPOINTS, "bc_checkpoint.pt")}
+    readers |= {"run/train.csv": rows_of, "run/eval.csv": rows_of}
+    readers |= {f"data/{path.name}": Path.read_bytes for path in (whole / "data").glob("*.npz")}
     found = []
-    for name in ("checkpoint.pt", "checkpoint_previous.pt", "bc_checkpoint.pt"):
-        paths = [folder / "run" / name for folder in (whole, resumed)]
-        if paths[0].exists() != paths[1].exists():
-            found.append(name)
-        elif paths[0].exists():
-            found += unequal(name, *(torch.load(path, weights_only=True) for path in paths))
-    for name in ("train.csv", "eval.csv"):
-        found += [name] if rows_of(whole / "run" / name) != rows_of(resumed / "run" / name) else []
-    for path in [*(whole / "data").glob("*.npz"), *(whole / "run").glob("replay.bin")]:
-        twin = resumed / path.relative_to(whole)
-        found += [] if twin.exists() and path.read_bytes() == twin.read_bytes() else [str(path.relative_to(whole))]
+    for name, read in readers.items():
+        pair = [read(x / name) if (x / name).exists() else None for x in (whole, resumed)]
+        found += unequal(name, *pair)
     return found
 
 
 def finish(script: str, flags: list[str], folder: Path) -> float:
     """Run a case that nobody stops -> seconds it took."""
-    folder.mkdir()
     began = time.monotonic()
-    if start(command(script, flags), folder).wait():
-        sys.exit(f"error: {script}.py {' '.join(flags)}: {(folder / 'output').read_text().splitlines()[-1]}")
+    if start(script, [*TINY, *flags], folder).wait():
+        sys.exit(f"error: {script}.py {' '.join(flags)}: {last_line(folder)}")
     return time.monotonic() - began
 
 
-def kill_and_resume(case: str, whole: Path, folder: Path, seconds: float, most: int, rng: random.Random):
-    """A run of a case that is killed up to `most` times -> (moments of the kills, what differs in the end)."""
-    script, flags = CASES[case]
-    folder.mkdir()
-    moments = []
+def kill_and_resume(case: str, whole: Path, folder: Path, seconds: float, most: int, seed: float):
+    """A case's run, killed up to `most` times -> (moments of its kills, what differs at its end)"""
+    (script, flags), moments, rng = CASES[case], [], random.Random(seed)
     while True:
-        resume, began = (folder / "run" / "config.json").exists(), time.time()
-        process = start(command(script, ["--run-dir", "run", "--resume"] if resume else [*TINY, *flags]), folder)
+        resume = any((folder / "run" / name).exists() for name in CHECKPOINTS)
+        began, again = time.time(), ["--run-dir", "run", "--resume"]
+        process = start(script, again if resume else [*TINY, *flags], folder)
         try:
             status = process.wait(rng.uniform(0, seconds) if len(moments) < most else None)
         except subprocess.TimeoutExpired:
@@ -137,38 +140,35 @@ def kill_and_resume(case: str, whole: Path, folder: Path, seconds: float, most: 
             process.wait()
             moments.append(moment(folder, began))
             continue
-        if status:
-            return moments, [f"a resumed run failed: {(folder / 'output').read_text().splitlines()[-1]}"]
-        return moments, differences(whole, folder)
+        failed = [f"it failed: {last_line(folder)}"] if status else []
+        return moments, failed or differences(whole, folder)
 
 
 def main(args: Args):
     rng, hits, ends, bad = random.Random(args.seed), Counter(), Counter(), []
-    with tempfile.TemporaryDirectory() as root, concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(args.workers)
+    with tempfile.TemporaryDirectory() as root, pool:
         root = Path(root)
-        finish("trqam_offline", TINY, root / "prior")
+        finish("trqam_offline", [], root / "prior")
         whole = {case: root / f"whole {number}" for number, case in enumerate(CASES)}
-        waiting = {case: pool.submit(finish, s, [*TINY, *flags], whole[case]) for case, (s, flags) in CASES.items()}
+        waiting = {case: pool.submit(finish, *CASES[case], whole[case]) for case in CASES}
         seconds = {case: future.result() for case, future in waiting.items()}
         print(", ".join(f"{case}: {value:.0f} s" for case, value in seconds.items()), flush=True)
-        while sum(hits.values()) < args.kills:
-            number = sum(ends.values())
-            futures = {
-                case: pool.submit(
-                    kill_and_resume, case, whole[case], root / f"{number + i}", seconds[case], args.most,
-                    random.Random(rng.random()),
-                )
-                for i, case in enumerate(CASES)
-            }  # fmt: skip
+        while hits.total() < args.kills:
+            futures = {}
+            for number, case in enumerate(CASES, ends.total()):
+                words = whole[case], root / f"{number}", seconds[case], args.most, rng.random()
+                futures[case] = pool.submit(kill_and_resume, case, *words)
             for case, future in futures.items():
                 moments, found = future.result()
                 hits.update(moments)
                 ends[case] += 1
                 bad += [f"{case}, killed at {moments}: {found}"] if found else []
-            print(f"{sum(hits.values())} kills, {sum(ends.values())} runs, {len(bad)} unequal ends", flush=True)
-    print("\nkilled while: " + ", ".join(f"{moment} {count}" for moment, count in hits.most_common()))
+            total = f"{hits.total()} kills, {ends.total()} runs, {len(bad)} unequal ends"
+            print(total, flush=True)
+    print("\nkilled while: " + ", ".join(f"{what} {count}" for what, count in hits.most_common()))
     print("runs: " + ", ".join(f"{case} {count}" for case, count in ends.items()))
-    print("\n".join([*bad, f"{sum(hits.values())} kills, {sum(ends.values())} runs, {len(bad)} unequal ends"]))
+    print("\n".join([*bad, total]))
     sys.exit(bool(bad))
 
 
