@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,12 +45,13 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # so that no stream 
 OBSERVATION_DIM, ACTION_DIM, CHUNK_LENGTH = 40, 5, 5  # of the scene
 LARGEST_OBSERVATION_DIM = 55  # of cube-quadruple, whose 100 million transitions are the largest set
 BATCH_SIZE = 256  # the published one
+Measurement = Literal["updates", "parts", "agents", "data", "evaluation", "start"]
 Row = dict[str, Any]
 
 
 @dataclass
 class Args:
-    measure: tuple[str, ...] = ("updates", "parts", "agents", "data", "evaluation", "start")
+    measure: tuple[Measurement, ...] = get_args(Measurement)
     """updates by width and batch (of cloning too), the parts of one, several agents at once, memory
     of data, evaluation, start-up to the first updates"""
     widths: tuple[int, ...] = (128, 256, 512, 1024)
@@ -249,7 +250,7 @@ def time_parts(args: Args, device: torch.device, width: int, mode: str) -> list[
     trainer = Trainer(width, BATCH_SIZE, device, losses, graph=False)
     for _ in range(3):
         trainer.step()
-    agent, utils = trainer.agent, torch.nn.utils
+    agent, utils = trainer.agent, torch.nn.utils  # the optimizer's step is Adam's
     places = {"draw": trainer, "step": trainer.optimizer, "backward": torch.Tensor,
               "get_total_norm": utils, "clip_grad_norm_": utils, "_foreach_lerp_": torch}
     if mode == "off":
@@ -309,28 +310,22 @@ def time_evaluation(args: Args, device: torch.device) -> list[Row]:
 def time_start(args: Args, device: torch.device) -> list[Row]:
     """Seconds from starting the script to its fourth update of each stage, plain, on data that is
     there: on a GPU the first three are launched one by one, and recorded."""
-    words = "--bc-steps 4 --offline-steps 4 --log-interval 1 --eval-episodes 1 --compile off"
-    words = [*words.split(), "--env-id", args.env_id, "--hidden-dims", *4 * [str(args.widths[0])]]
-    seconds = {}
+    flags = "--bc-steps 4 --offline-steps 4 --log-interval 1 --eval-episodes 1 --compile off"
+    flags = [*flags.split(), "--env-id", args.env_id, "--hidden-dims", *4 * [str(args.widths[0])]]
+    quiet, seconds = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), []
     with tempfile.TemporaryDirectory() as folder:
         data = common.collect_dataset(common.split_env_id(args.env_id)[1], 1, 0, folder)
-        run, start = Path(folder, "run"), time.perf_counter()
-        words += ["--dataset-path", data, "--run-dir", run]
-        with subprocess.Popen([sys.executable, script.__file__, *words],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            while len(seconds) < 2 and process.poll() is None:
-                time.sleep(0.01)
-                with contextlib.suppress(FileNotFoundError):
-                    text = (run / "train.csv").read_text()
-                    for stage in {"bc", "offline"} - seconds.keys():
-                        if f"\n{stage},4," in text:
-                            seconds[stage] = time.perf_counter() - start
+        table, start = Path(folder, "run", "train.csv"), time.perf_counter()
+        command = [sys.executable, script.__file__, *flags, "--dataset-path", str(data)]
+        with subprocess.Popen([*command, "--run-dir", table.parent], **quiet) as process:
+            for stage in ("bc", "offline"):
+                while not table.exists() or f"\n{stage},4," not in table.read_text():
+                    common.require(process.poll() is None, f"it ended early: {command}")
+                    time.sleep(0.01)
+                seconds.append(time.perf_counter() - start)
             process.kill()
-            error = process.stderr.read().decode()
-    common.require(len(seconds) == 2, f"training ended before its fourth update: {error[-300:]}")
-    return [dict(what="start-up to the end of four updates of cloning", seconds=seconds["bc"]),
-            dict(what="... and of an evaluated episode and four of fine-tuning",
-                 seconds=seconds["offline"])]
+    return [dict(what="start-up to the end of four updates of cloning", seconds=seconds[0]),
+            dict(what="... of an evaluated episode and four of fine-tuning", seconds=seconds[1])]
 
 
 COLUMNS = dict(
@@ -340,8 +335,9 @@ COLUMNS = dict(
 )  # fmt: skip
 
 
-def show(rows: list[Row], columns: list[str]):
-    """A table."""
+def show(rows: list[Row]):
+    """A table of the columns that these rows have."""
+    columns = [key for key in COLUMNS if any(key in row for row in rows)]
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         cells = [format(row[key], COLUMNS[key]) if key in row else "" for key in columns]
@@ -361,7 +357,7 @@ def main(args: Args):
     where = dict(device=name, threads=torch.get_num_threads(), tf32=args.tf32)
     where |= dict(torch=torch.__version__, commit=common.git_commit())
     print(", ".join(f"{key} {value}" for key, value in where.items()))
-    rows, known = [], lambda rows: [key for key in COLUMNS if any(key in row for row in rows)]
+    rows = []
     for what in args.measure:
         function, *over = MEASURE[what]
         before = len(rows)
@@ -369,10 +365,10 @@ def main(args: Args):
             rows += function(args, device, *chosen)
             if args.output:  # at once, in case that the next one does not come to its end
                 with open(args.output, "w", newline="") as file:
-                    table = csv.DictWriter(file, known(rows) + [*where], lineterminator="\n")
+                    table = csv.DictWriter(file, [*COLUMNS, *where], lineterminator="\n")
                     table.writeheader()
                     table.writerows(row | where for row in rows)
-        show(rows[before:], known(rows[before:]))
+        show(rows[before:])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ speed() {
   local name=$1 limit=$2
   shift 2
   step "$name" "$limit" "$python" "$root/benchmarks/speed.py" --seconds $seconds \
-    --output "$out/speed_$name.csv" "$@"
+    --output "$work/speed/$name.csv" "$@"
 }
 
 # shellcheck disable=SC2086 # these are words
@@ -33,5 +33,7 @@ measure() {
 step install 60 bash -c install
 begin_prior
 wait_for_prior 120 || stop_prior
+mkdir -p speed
 measure
+tables speed/*.csv > "$out/speed.csv"
 exit $failed

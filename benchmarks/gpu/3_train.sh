@@ -18,7 +18,6 @@ train() {
     run+=(--env-id "$domain-singletask-task$3-v0" --collect-episodes "$episodes"
       --dataset-dir "$work/data" --bc-checkpoint "$work/bc/bc_checkpoint.pt"
       --eval-interval $interval --checkpoint-interval $interval $flags $sizes)
-    [ "$2" = trqam_offline ] || run+=(--online-steps 0)
   fi
   say "$name: begins, saves and ends after $1 s"
   # To the program alone: its workers then end as it wants them to.
@@ -64,8 +63,5 @@ else
   together $(((stop - SECONDS) / 2 - 5)) 1
   together $((stop - SECONDS)) 3
 fi
-for run in *-task?; do
-  [ -e "$run/eval.csv" ] || continue
-  awk -v run="$run" 'NR > 1 { print run "," $0 } NR == 1 { print "run," $0 }' "$run/eval.csv"
-done | awk 'NR == 1 || !/^run,/' > "$out/eval.csv"
+tables bc/eval.csv ./*-task?/eval.csv > "$out/eval.csv"
 exit $failed

@@ -9,6 +9,7 @@ wheels=$(realpath -m "${WHEELS:-$root/runs/wheels}")
 mkdir -p "$1/work/logs" "$1/work/done" && out=$(cd "$1" && pwd) && cd "$out/work" || exit 1
 work=$out/work python=${PYTHON:-python3} failed=0
 end=570  # seconds after which nothing more is begun or goes on: ten minutes, less the packing
+slack=1  # times as long as on a GPU machine a step may take
 gpu=$(nvidia-smi -L 2>/dev/null | head -1)
 
 export root work python PYTHONUNBUFFERED=1 PYTHONPYCACHEPREFIX=$work/cache/python
@@ -17,7 +18,7 @@ export TORCHINDUCTOR_CACHE_DIR=$work/cache/inductor TRITON_CACHE_DIR=$work/cache
 export CUDA_CACHE_PATH=$work/cache/cuda
 
 if [ -n "${TINY:-}" ]; then
-  export OMP_NUM_THREADS=1
+  export OMP_NUM_THREADS=1 slack=4
   domain=pointmaze-medium-navigate episodes=2
   sizes="--hidden-dims 16 16 --num-critics 2 --flow-steps 2 --batch-size 32 --eval-episodes 2"
   sizes="$sizes --bc-steps 100 --log-interval 20" updates=300
@@ -44,7 +45,8 @@ report() {
 
 # step NAME SECONDS COMMAND...: runs it for at most so long, unless it succeeded in an earlier call.
 step() {
-  local name=$1 limit=$(($2 < end - SECONDS ? $2 : end - SECONDS)) began=$SECONDS
+  local name=$1 limit=$(($2 * slack)) began=$SECONDS
+  [ $limit -le $((end - SECONDS)) ] || limit=$((end - SECONDS))
   local log=$work/logs/$script-$1.log result=ok
   shift 2
   [ ! -e "done/$script-$name" ] || { say "$name: done in an earlier call"; return; }
@@ -65,9 +67,11 @@ on_gpu() {
 }
 
 install() {
-  "$python" -c "import ogbench, tyro" 2> /dev/null && echo "everything is there" && return
+  local find="from importlib.util import find_spec as there
+raise SystemExit(not (there('ogbench') and there('tyro')))"
+  "$python" -c "$find" && echo "everything is there" && return
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target "$work/site" "$wheels"/*.whl && "$python" -c "import ogbench, tyro" && echo "installed"
+    --target "$work/site" "$wheels"/*.whl && "$python" -c "$find" && echo "installed"
 }
 export wheels
 export -f install
@@ -138,6 +142,11 @@ stop_mps() {
   unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 }
 export -f start_mps stop_mps
+
+# tables FILE...: csv files of the same columns as one, with where each row is from.
+tables() {
+  awk 'FNR > 1 { print FILENAME "," $0 } NR == 1 { print "from," $0 }' "$@"
+}
 
 # What is worth taking home, into one archive at the folder's top.
 pack() {
