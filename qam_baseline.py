@@ -97,14 +97,10 @@ class Args(common.RunArgs):
 
     def check(self):
         super().check()
-        common.require(
-            not 0 < self.online_steps <= self.learning_starts,
-            "--learning-starts leaves no update in --online-steps: lower it",
-        )
-        common.require(
-            self.learning_starts >= self.chunk_length or not self.balanced_sampling,
-            "--balanced-sampling needs --learning-starts of at least --chunk-length",
-        )
+        common.require(not 0 < self.online_steps <= self.learning_starts,
+                       "--learning-starts leaves no update in --online-steps: lower it")
+        common.require(self.learning_starts >= self.chunk_length or not self.balanced_sampling,
+                       "--balanced-sampling needs --learning-starts of at least --chunk-length")
 
 
 WIDE = dict(hidden_dims=(1024,) * 4, actor_layer_norm=True)
