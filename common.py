@@ -849,7 +849,7 @@ def make_chunked_env(env_id: str, chunk_length: int, own: Callable | None = None
     episode's end; after it, steps do nothing. own: makes a task that was registered."""
     import gymnasium
 
-    if own:
+    if own and env_id not in TASKS:  # Gymnasium calls this in the program's own process too
         register_task(env_id, own, None)
 
     follow_the_parent()

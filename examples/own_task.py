@@ -1,12 +1,10 @@
-"""A task of one's own: a Gymnasium environment and a Minari dataset, trained by trqam_offline.py as it
-is. Needs `pip install "minari[create,hdf5]"`.
+"""A task of one's own: a Gymnasium environment and a Minari dataset, trained by trqam_offline.py as
+it is. Needs `pip install "minari[create,hdf5]"`; `minari.load_dataset` loads published sets too.
 
-    python examples/own_task.py        # 3 seeds; a folder of runs/own_task for each
-
-The data is made on the spot, by a noisy scripted swing-up of Gymnasium's pendulum; a published set
-takes the same two lines: `minari.load_dataset("D4RL/pen/human-v2", download=True)`.
+    python examples/own_task.py        # 3 seeds, each a folder of runs/own_task
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -19,10 +17,7 @@ import common
 import trqam_offline as trqam
 
 ENV_ID = "Pendulum-v1"
-
-
-def make_env(**kwargs):
-    return gymnasium.make(ENV_ID, **kwargs)
+make_env = functools.partial(gymnasium.make, ENV_ID)
 
 
 def scripted(observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -48,12 +43,11 @@ def load_arrays(episodes: int = 60) -> dict[str, np.ndarray]:
                 observation, _, terminated, truncated, _ = env.step(scripted(observation, rng))
                 done = terminated or truncated
         env.create_dataset("pendulum/noisy-v0", algorithm_name="scripted")
-    parts = [
-        (x.observations[:-1], x.actions, x.rewards, x.observations[1:], x.terminations, x.truncations)
-        for x in minari.load_dataset("pendulum/noisy-v0").iterate_episodes()
-    ]
-    names = "observations actions rewards next_observations terminated truncated".split()
-    return dict(zip(names, map(np.concatenate, zip(*parts))))
+    parts = [dict(observations=x.observations[:-1], actions=x.actions, rewards=x.rewards,
+                  next_observations=x.observations[1:], terminated=x.terminations,
+                  truncated=x.truncations)
+             for x in minari.load_dataset("pendulum/noisy-v0").iterate_episodes()]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 if __name__ == "__main__":
@@ -61,7 +55,6 @@ if __name__ == "__main__":
     for seed in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
         trqam.main(trqam.Args(
             env_id=ENV_ID, seed=seed, run_dir=f"runs/own_task/seed{seed}", hidden_dims=(64, 64),
-            bc_steps=2_000, offline_steps=3_000, num_critics=2, flow_steps=5, chunk_length=1,
+            bc_steps=2_000, offline_steps=2_000, num_critics=2, flow_steps=5, chunk_length=1,
             batch_size=128, learning_rate=1e-3, gamma=0.97, tau=0.02, rho=0.0, kl_budget=0.5,
-            eval_interval=1_000, log_interval=50, checkpoint_interval=1_000, num_threads=1,
-        ))
+            eval_interval=500, log_interval=50, checkpoint_interval=1_000, num_threads=1))
