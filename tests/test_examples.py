@@ -77,3 +77,48 @@ def test_the_mathematics_alone_moves_the_policy_up_the_reward():
             for v in (base, policy)
         )
     assert temperature == pytest.approx(0.3) and kl > 0.01 and after > before + 0.02
+
+
+def recipe(name):
+    """A function of docs/copying.md, as it stands there."""
+    blocks = (ROOT / "docs/copying.md").read_text().split("```python\n")[1:]
+    source = next(block.split("```")[0] for block in blocks if f"def {name}(" in block)
+    assert len(source.splitlines()) <= 12
+    found = dict(np=np, h5py=pytest.importorskip("h5py"))
+    exec(source, found)
+    return found[name]
+
+
+def test_robomimics_layout_becomes_transitions(tmp_path):
+    h5py, rng = pytest.importorskip("h5py"), np.random.default_rng(0)
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        for number, length in enumerate((3, 4, 2)):
+            demo = file.create_group(f"data/demo_{number}")
+            for key, width in (("robot0_eef_pos", 3), ("object", 2)):
+                states = rng.normal(size=(length + 1, width))
+                demo[f"obs/{key}"], demo[f"next_obs/{key}"] = states[:-1], states[1:]
+            demo["actions"] = rng.uniform(-1, 1, (length, 7))
+            demo["rewards"] = demo["dones"] = np.arange(length) == length - 1
+    arrays = recipe("robomimic")(tmp_path / "x.hdf5", ["robot0_eef_pos", "object"])
+    words = dict(low=-1, high=1, chunk_length=2, gamma=1.0)
+    dataset = common.ChunkDataset.from_transitions(**arrays, **words)
+    assert dataset.size == 9 and dataset.episodes == 3 and dataset.observations.shape[1] == 5
+    batch = dataset.chunks(torch.arange(8))
+    assert batch.valid.tolist() == [1, 1, 0, 1, 1, 1, 0, 1]
+    assert batch.mask.tolist() == [1, 0, 0, 1, 1, 0, 0, 0] and batch.reward.sum() == 5
+
+
+def test_d4rls_layout_becomes_transitions(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    states = np.arange(9.0)[:, None] * [1, 10]
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:  # a timeout after 4 rows, a terminal after 3
+        file["observations"], file["actions"] = states, np.zeros((9, 1))
+        file["rewards"] = np.arange(9.0)
+        file["timeouts"], file["terminals"] = np.arange(9) == 3, np.arange(9) == 6
+    arrays = recipe("d4rl")(tmp_path / "x.hdf5")
+    words = dict(low=-1, high=1, chunk_length=1, gamma=1.0)
+    dataset = common.ChunkDataset.from_transitions(**arrays, **words)
+    batch = dataset.chunks(torch.arange(dataset.size))
+    assert batch.observation[:, 0].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert batch.next_observation[:, 0].tolist() == [1, 2, 3, 5, 6, 7, 8]
+    assert batch.mask.tolist() == [1, 1, 1, 1, 1, 0, 1] and batch.reward[5] == 6
