@@ -1107,9 +1107,10 @@ class RunArgs:
 
 
 OF_A_SITTING = set("run_dir resume eval_only checkpoint device num_threads compile cuda_graph "
-                   "capture_video track dataset_path dataset_dir".split())
-RESUME_MAY_CHANGE = OF_A_SITTING | set("offline_steps online_steps learning_starts utd_ratio "
-                                       "balanced_sampling kl_budget_online".split())
+                   "capture_video track".split())
+RESUME_MAY_CHANGE = OF_A_SITTING | set(
+    "dataset_path dataset_dir offline_steps online_steps learning_starts utd_ratio "
+    "balanced_sampling kl_budget_online".split())
 
 
 def flag_of(field: str) -> str:

@@ -6,6 +6,7 @@ is pretrained by behaviour cloning, and goes on being cloned: that is the prior.
 copy of it towards actions of higher Q, as far from the prior as one fixed inverse temperature lets
 it go:
 
+0. train the critics, and the clone                                            critic_loss, bc_loss
 1. roll the copy out as a memoryless SDE, from noise to an action              memoryless_rollout
 2. carry the critic's action gradient, times the inverse temperature, back     lean_adjoint
    along that path
@@ -141,15 +142,15 @@ def settings(args: Args) -> dict:
     chosen = dict(DOMAINS.get(domain, {}))
     if args.edit_scale and domain in EDIT_TEMPERATURES:
         chosen |= dict(inverse_temperature=EDIT_TEMPERATURES[domain])
-    if args.preset == "quick":
+    if args.preset == "quick":  # its environment's domain is looked up in a second call
         chosen |= QUICK
     return chosen
 
 
 # -------------------------------------------------------------------------------- the mathematics
 # Functions of tensors and of two callables: a velocity v(observation, x, t) -> like x, and a critic
-# Q(observation, action) -> [E, B]. x is [B, A] at a number t, or [K, B, A] at t [K, 1, 1]. What is
-# not differentiated here is called under `torch.no_grad()`: see `losses`.
+# Q(observation, action) -> [E, B]. x is [B, A] at t, a number or [B, 1], or [K, B, A] at [K, 1, 1].
+# Rollout, adjoints and dual descent are called under `torch.no_grad()`: see `losses` and `update`.
 Velocity = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 
 
@@ -184,15 +185,16 @@ def bc_loss(velocity: Velocity, observation: Tensor, action: Tensor, valid: Tens
 
 def memoryless_g2(t: float | Tensor, h: float) -> float | Tensor:
     """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which a path's end forgets its
-    beginning. In continuous time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0 and
-    positive at the last step."""
+    beginning. In continuous time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0."""
     return 2 * (1 - t + h) / (t + h)
 
 
 def memoryless_rollout(velocity: Velocity, base: Velocity, observation: Tensor, x: Tensor,
                        noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(E6) Paths of the memoryless SDE from x [B, A], with noise [K, B, A] -> x_0 ... x_{K-1}
-    [K, B, A] and x_K [B, A], not clipped. The last step is a noiseless one of the base."""
+    """(E6) Paths of the memoryless SDE, x_{k+1} = x_k + h (2 v - x_k / (t_k + h)) + sqrt(h) g_k
+    noise_k, from x [B, A] with noise [K, B, A] -> x_0 ... x_{K-1} [K, B, A] and x_K [B, A], not
+    clipped. (2 v - x / t is v + (g^2 / 2) score: the noise leaves the flow's marginals as they
+    are.) The last step is an Euler step of the base's ODE: noise_{K-1} is not used."""
     h = 1 / len(noise)
     xs = [x]
     for k in range(len(noise) - 1):
@@ -227,7 +229,7 @@ def lean_adjoint(base: Velocity, observation: Tensor, xs: Tensor, adjoint: Tenso
     adjoints = []
     for k in reversed(range(len(xs))):
         t_next = (k + 1) * h
-        _, vjp = torch.func.vjp(functools.partial(base, observation, t=t_next), xs[k])
+        _, vjp = torch.func.vjp(lambda x: base(observation, x, t_next), xs[k])
         adjoint = adjoint + h * (2 * vjp(adjoint)[0] - adjoint / t_next)
         adjoints.append(adjoint)
     return torch.stack(adjoints[::-1])
@@ -250,26 +252,26 @@ def velocity_difference(velocity: Velocity, base: Velocity, observation: Tensor,
 
 def adjoint_matching_loss(delta: Tensor, adjoints: Tensor, temperature: Tensor | float) -> Tensor:
     """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k adjoint_k||^2, with sigma_k =
-    g_k / sqrt(temperature), from delta and adjoints [K, B, A]. Its minimum is
-    Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
+    g_k / sqrt(temperature), from delta and adjoints [K, B, A]. For a given
+    adjoint its minimum is Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
     sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
     return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
 
 
 def path_kl(delta: Tensor, chunk_length: int) -> Tensor:
-    """(E11) Theorem 1, discretised: KL = (1/c) mean_b sum_k (2h / g_k^2) ||Delta_k||^2, in nats per
-    action, from delta [K, B, A]."""
+    """(E11) TRQAM's Theorem 1 (Girsanov), discretised: KL = (1/c) mean_b sum_k (2h / g_k^2)
+    ||Delta_k||^2, in nats per action, from delta [K, B, A]: that of Gaussian steps whose means
+    differ by 2h Delta_k and whose variance is h g_k^2; k = K-1 counts as if it had noise."""
     h = 1 / len(delta)
     cost = (2 * h / memoryless_g2(flow_times(delta), h) * delta**2).sum(dim=(0, 2))  # [B]
     return cost.mean() / chunk_length
 
 
 def closed_form_kl(adjoints: Tensor, temperature: Tensor | float, chunk_length: int) -> Tensor:
-    """(E11) at the minimum of (E10), from adjoints [K, B, A]:
+    """(E11) at the minimum of (E10) for each path, from adjoints [K, B, A]: an upper estimate,
     KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||adjoint_k||^2 / (2 temperature^2)."""
-    h = 1 / len(adjoints)
-    cost = (h * memoryless_g2(flow_times(adjoints), h) * adjoints**2).sum(dim=(0, 2)).mean()
-    return cost / (2 * temperature**2) / chunk_length
+    g2 = memoryless_g2(flow_times(adjoints), 1 / len(adjoints))  # [K, 1, 1]
+    return path_kl(-g2 * adjoints / (2 * temperature), chunk_length)
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -310,11 +312,11 @@ class Critic(nn.Module):
         for kernel in kernels:
             for member in kernel:
                 nn.init.xavier_uniform_(member)
-        zeros, ones = (functools.partial(new, num_critics, 1) for new in (torch.zeros, torch.ones))
-        self.kernels = nn.ParameterList(kernels)  # [E, in, out] each
-        self.biases = nn.ParameterList(zeros(width) for width in widths[1:])  # [E, 1, out]
-        self.norm_scales = nn.ParameterList(ones(width) for width in hidden_dims)
-        self.norm_biases = nn.ParameterList(zeros(width) for width in hidden_dims)
+        # A ParameterList makes Parameters of tensors: [E, in, out] each, the others [E, 1, out].
+        self.kernels = nn.ParameterList(kernels)
+        self.biases = nn.ParameterList(torch.zeros(num_critics, 1, width) for width in widths[1:])
+        self.norm_scales = nn.ParameterList(torch.ones(num_critics, 1, w) for w in hidden_dims)
+        self.norm_biases = nn.ParameterList(torch.zeros(num_critics, 1, w) for w in hidden_dims)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """observation [B, O], action chunk [B, A] -> Q [E, B]."""
@@ -364,8 +366,8 @@ class Agent(nn.Module):
         dims = observation_dim, chunk_dim, args.hidden_dims
         self.critic = Critic(*dims, args.num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # The clone is trained by cloning all along. The base, its moving average, is the prior.
-        # The policy is the fine-tuned copy: what acts.
+        # The clone is trained by cloning all along (the authors' actor_slow). The base, its moving
+        # average, is the prior (target_actor_slow). The policy is what acts (actor_fast).
         self.clone = VelocityField(*dims, args.actor_layer_norm)
         self.base = copy.deepcopy(self.clone).requires_grad_(False)
         self.policy = copy.deepcopy(self.clone)
@@ -383,8 +385,9 @@ class Agent(nn.Module):
         self.policy.load_state_dict(self.clone.state_dict())
 
     def make_optimizer(self, args: Args) -> Optimizer:
-        weights = self.trained_parameters()  # on CUDA, a graph may record Adam's step
-        return Adam(weights, args.learning_rate, fused=True, capturable=weights[0].is_cuda)
+        weights = self.trained_parameters()
+        graph = weights[0].is_cuda  # which may record Adam's step
+        return Adam(weights, args.learning_rate, fused=True, capturable=graph)
 
 
 # --------------------------------------------------------------------------------------- one update
@@ -395,7 +398,7 @@ class Noise(NamedTuple):
     flow_x0: Tensor  # [B, A] normal, x_0 of the behaviour-cloning pairs
     flow_t: Tensor  # [B, 1] uniform on [0, 1), their times
     sde_x0: Tensor  # [B, A] normal, x_0 of the memoryless rollout
-    sde: Tensor  # [K, B, A] normal, its increments (the last is not used: that step has no noise)
+    sde: Tensor  # [K, B, A] normal, scaled by sqrt(h) g_k there (the last is not used)
     edit_x0: Tensor | None = None  # [B, A] normal, x_0 of the actions that edits are trained on
     edit: Tensor | None = None  # [B, A] normal, of their edits
 
@@ -460,7 +463,8 @@ def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: No
 def losses(agent: Agent, batch: common.Batch, noise: Noise,
            args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of all networks together, and its statistics: scalars without gradient, in the order
-    they arise, so that the first one that is not finite is where it began."""
+    they arise. Of the batch, valid is 0 where its episode ended within the chunk, mask 0 where the
+    task was done there, and reward the chunk's discounted sum."""
     s, a, valid = batch.observation, batch.action, batch.valid  # [B, O], [B, A], [B]
     temperature = torch.ones_like(batch.reward[0])  # tau multiplies the terminal adjoint instead
     with torch.no_grad():
@@ -469,6 +473,7 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise,
         discount = args.gamma**args.chunk_length
         target = critic_target(next_q, batch.reward, batch.mask, discount, args.rho)  # [B]
         xs, x_final = memoryless_rollout(agent.policy, agent.base, s, noise.sde_x0, noise.sde)
+        # torch.func differentiates in x all the same; nothing is kept for backward().
         terminal = args.inverse_temperature * terminal_adjoint(agent.target_critic, s, x_final)
         adjoints = lean_adjoint(agent.base, s, xs, terminal)  # [K, B, A]
 
@@ -498,11 +503,11 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise,
 
 
 def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args,
-           losses: Callable = losses) -> dict[str, Tensor]:
-    """One QAM(-E) update, in place: a function of its arguments that never waits for the device.
-    `losses` may be a compiled one. Returns its statistics: scalars on the device, to be read only
-    when they are logged."""
-    loss, statistics = losses(agent, batch, noise, args)
+           loss_function: Callable = losses) -> dict[str, Tensor]:
+    """One QAM(-E) update of agent and optimizer, which never waits for the device. loss_function:
+    `losses`, or a compiled one. Returns its statistics: scalars on the device, to be read only when
+    they are logged."""
+    loss, statistics = loss_function(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
     grad_norms = {}  # of each network alone; they are clipped together
@@ -512,9 +517,9 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
     with torch.no_grad():
         # The targets follow the weights that made this loss: those before the step.
-        for target, online in ((agent.target_critic, agent.critic), (agent.base, agent.clone)):
+        for average, trained in ((agent.target_critic, agent.critic), (agent.base, agent.clone)):
             # As torch's optimizers do: private, but one launch for all weights.
-            torch._foreach_lerp_([*target.parameters()], [*online.parameters()], args.tau)
+            torch._foreach_lerp_([*average.parameters()], [*trained.parameters()], args.tau)
         optimizer.step()
     return {
         **statistics,
@@ -526,8 +531,8 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
 # ------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Action chunks [n, A] at observation [n, O]: of those from noise [n, samples, noise_dim], the
-    one of highest mean Q."""
+    """Draws `samples` action chunks at each observation [n, O], from noise [n, samples, noise_dim]
+    -> those of highest mean Q [n, A]."""
     n, samples, _ = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
     action = policy_action(agent, observation, noise.flatten(0, 1), args)  # [n * samples, A]
@@ -553,18 +558,19 @@ def online_step(agent: Agent, dataset: common.ChunkDataset, environment: common.
 def main(args: Args):
     """Clone, fine-tune, go online: the algorithm box. A resumed run falls through to where it was.
 
-    `run` (common.py) holds the folder and its files: `steps` yields the steps of a stage that are
-    left, `after` logs, evaluates and saves where that is due.
+    `run` (common.py) is the folder and its files: `restore` names what checkpoints hold, `steps`
+    yields the steps of a stage that are left, `after` logs, evaluates where it is given the policy,
+    and saves, where that is due.
     """
     with common.Run(__file__, args) as run:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # of the initial weights; all else draws from `generator`
         chunk_dim = args.chunk_length * run.action_dim
         agent = Agent(run.observation_dim, chunk_dim, args).to(run.device)
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(run.device).manual_seed(args.seed)
         policy = functools.partial(act, agent, args=args)
         run.restore(agent=agent, optimizer=optimizer, generator=generator)
-        if not run.done and args.bc_checkpoint:
+        if args.bc_checkpoint and not run.done:  # else it is resumed
             run.load_clone(agent.clone)
         if args.eval_only:
             return run.evaluate_only(policy)
@@ -580,9 +586,9 @@ def main(args: Args):
 
         updates = args.offline_steps
         updates += args.utd_ratio * args.online_steps
-        fast_losses = common.compiled(losses, args.compile, updates, run.device)
+        fast = common.compiled(losses, args.compile, updates, run.device)
         fast_bc_update = functools.partial(bc_update, agent, optimizer, args=args)
-        fast_update = functools.partial(update, agent, optimizer, args=args, losses=fast_losses)
+        fast_update = functools.partial(update, agent, optimizer, args=args, loss_function=fast)
         if args.cuda_graph and run.device.type == "cuda":
             fast_bc_update = common.CudaGraph(fast_bc_update)
             fast_update = common.CudaGraph(fast_update)
@@ -592,12 +598,12 @@ def main(args: Args):
             run.after(fast_bc_update(*draw()))
 
         # 2. Fine-tune a copy of it on the data, at the inverse temperature.
-        if run.enters("offline"):
+        if run.enters("offline"):  # once, and not again where it is resumed
             agent.start_from_clone()
-            optimizer.state.clear()
-            generator.manual_seed(args.seed)
+            optimizer.state.clear()  # Adam's moments begin anew,
+            generator.manual_seed(args.seed)  # and the noise: as from --bc-checkpoint
             run.save_clone(agent.clone)
-            run.evaluate_and_save(policy)
+            run.evaluate_and_save(policy)  # the clone's score
         for _ in run.steps("offline", args.offline_steps):
             run.after(fast_update(*draw()), policy)
 

@@ -5,6 +5,7 @@ is pretrained by behaviour cloning, and goes on being cloned: that is the prior.
 copy of it towards actions of higher Q without leaving what the prior knows, first on a dataset,
 then in the environment, whose transitions join it:
 
+0. train the critics, and the clone                                            critic_loss, bc_loss
 1. roll the copy out as a memoryless SDE, from noise to an action              memoryless_rollout
 2. carry the critic's action gradient back along that path, through the        lean_adjoint
    *prior's* drift alone
@@ -92,7 +93,7 @@ class Args(common.RunArgs):
     kl_budget_online: Annotated[float, NotNegative] = 0.0
     """the same for the online stage; 0: as offline"""
     lam_scale: Annotated[float, Positive] = 3.0
-    """the control problem's temperature is lam_scale * lambda"""
+    """the control problem's temperature is lam_scale * lambda, as in the authors' program"""
     eta_lambda: Annotated[float, NotNegative] = 0.01
     """step size of the dual descent on lambda"""
     kl_ema_coef: Annotated[float, Fraction] = 0.1
@@ -140,7 +141,7 @@ QUICK = dict(
 def settings(args: Args) -> dict:
     """What the environment's domain and the preset set, where no flag does."""
     chosen = dict(DOMAINS.get(common.domain_of(args.env_id), {}))
-    if args.preset == "quick":
+    if args.preset == "quick":  # its environment's domain is looked up in a second call
         chosen |= QUICK
     if args.bc_checkpoint:
         chosen |= dict(offline_steps=0)
@@ -149,8 +150,8 @@ def settings(args: Args) -> dict:
 
 # -------------------------------------------------------------------------------- the mathematics
 # Functions of tensors and of two callables: a velocity v(observation, x, t) -> like x, and a critic
-# Q(observation, action) -> [E, B]. x is [B, A] at a number t, or [K, B, A] at t [K, 1, 1]. What is
-# not differentiated here is called under `torch.no_grad()`: see `losses`.
+# Q(observation, action) -> [E, B]. x is [B, A] at t, a number or [B, 1], or [K, B, A] at [K, 1, 1].
+# Rollout, adjoints and dual descent are called under `torch.no_grad()`: see `losses` and `update`.
 Velocity = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 
 
@@ -185,15 +186,16 @@ def bc_loss(velocity: Velocity, observation: Tensor, action: Tensor, valid: Tens
 
 def memoryless_g2(t: float | Tensor, h: float) -> float | Tensor:
     """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which a path's end forgets its
-    beginning. In continuous time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0 and
-    positive at the last step."""
+    beginning. In continuous time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0."""
     return 2 * (1 - t + h) / (t + h)
 
 
 def memoryless_rollout(velocity: Velocity, base: Velocity, observation: Tensor, x: Tensor,
                        noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(E6) Paths of the memoryless SDE from x [B, A], with noise [K, B, A] -> x_0 ... x_{K-1}
-    [K, B, A] and x_K [B, A], not clipped. The last step is a noiseless one of the base."""
+    """(E6) Paths of the memoryless SDE, x_{k+1} = x_k + h (2 v - x_k / (t_k + h)) + sqrt(h) g_k
+    noise_k, from x [B, A] with noise [K, B, A] -> x_0 ... x_{K-1} [K, B, A] and x_K [B, A], not
+    clipped. (2 v - x / t is v + (g^2 / 2) score: the noise leaves the flow's marginals as they
+    are.) The last step is an Euler step of the base's ODE: noise_{K-1} is not used."""
     h = 1 / len(noise)
     xs = [x]
     for k in range(len(noise) - 1):
@@ -228,7 +230,7 @@ def lean_adjoint(base: Velocity, observation: Tensor, xs: Tensor, adjoint: Tenso
     adjoints = []
     for k in reversed(range(len(xs))):
         t_next = (k + 1) * h
-        _, vjp = torch.func.vjp(functools.partial(base, observation, t=t_next), xs[k])
+        _, vjp = torch.func.vjp(lambda x: base(observation, x, t_next), xs[k])
         adjoint = adjoint + h * (2 * vjp(adjoint)[0] - adjoint / t_next)
         adjoints.append(adjoint)
     return torch.stack(adjoints[::-1])
@@ -251,34 +253,34 @@ def velocity_difference(velocity: Velocity, base: Velocity, observation: Tensor,
 
 def adjoint_matching_loss(delta: Tensor, adjoints: Tensor, temperature: Tensor | float) -> Tensor:
     """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k adjoint_k||^2, with sigma_k =
-    g_k / sqrt(temperature), from delta and adjoints [K, B, A]. Its minimum is
-    Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
+    g_k / sqrt(temperature), from delta and adjoints [K, B, A]. For a given
+    adjoint its minimum is Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
     sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
     return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
 
 
 def path_kl(delta: Tensor, chunk_length: int) -> Tensor:
-    """(E11) Theorem 1, discretised: KL = (1/c) mean_b sum_k (2h / g_k^2) ||Delta_k||^2, in nats per
-    action, from delta [K, B, A]."""
+    """(E11) TRQAM's Theorem 1 (Girsanov), discretised: KL = (1/c) mean_b sum_k (2h / g_k^2)
+    ||Delta_k||^2, in nats per action, from delta [K, B, A]: that of Gaussian steps whose means
+    differ by 2h Delta_k and whose variance is h g_k^2; k = K-1 counts as if it had noise."""
     h = 1 / len(delta)
     cost = (2 * h / memoryless_g2(flow_times(delta), h) * delta**2).sum(dim=(0, 2))  # [B]
     return cost.mean() / chunk_length
 
 
 def closed_form_kl(adjoints: Tensor, temperature: Tensor | float, chunk_length: int) -> Tensor:
-    """(E11) at the minimum of (E10), from adjoints [K, B, A]:
+    """(E11) at the minimum of (E10) for each path, from adjoints [K, B, A]: an upper estimate,
     KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||adjoint_k||^2 / (2 temperature^2)."""
-    h = 1 / len(adjoints)
-    cost = (h * memoryless_g2(flow_times(adjoints), h) * adjoints**2).sum(dim=(0, 2)).mean()
-    return cost / (2 * temperature**2) / chunk_length
+    g2 = memoryless_g2(flow_times(adjoints), 1 / len(adjoints))  # [K, 1, 1]
+    return path_kl(-g2 * adjoints / (2 * temperature), chunk_length)
 
 
 def dual_descent(lam: Tensor, kl_ema: Tensor, kl: Tensor, kl_budget: Tensor | float,
                  eta_lambda: float = 0.01, kl_ema_coef: float = 0.1, kl_clip_coef: float = 2.0,
                  lambda_min: float = 0.01, lambda_max: float = 100.0):
-    """(E12) D <- (1 - kappa) D + kappa min(KL, clip epsilon), lambda <- clip(lambda + eta (D -
-    epsilon)), on scalar tensors lam and kl_ema, in place: a recorded graph reads and writes there.
-    Under `torch.no_grad()`."""
+    """(E12) D <- (1 - kappa) D + kappa min(KL, kl_clip_coef epsilon), lambda <- lambda + eta (D -
+    epsilon) within its range, on scalar tensors lam and kl_ema, in place: a recorded graph reads
+    and writes there. A KL over its budget raises lambda, which pulls the policy back."""
     kl_ema.lerp_(kl.clamp(max=kl_clip_coef * kl_budget), kl_ema_coef)
     lam.add_(eta_lambda * (kl_ema - kl_budget)).clamp_(lambda_min, lambda_max)
 
@@ -321,11 +323,11 @@ class Critic(nn.Module):
         for kernel in kernels:
             for member in kernel:
                 nn.init.xavier_uniform_(member)
-        zeros, ones = (functools.partial(new, num_critics, 1) for new in (torch.zeros, torch.ones))
-        self.kernels = nn.ParameterList(kernels)  # [E, in, out] each
-        self.biases = nn.ParameterList(zeros(width) for width in widths[1:])  # [E, 1, out]
-        self.norm_scales = nn.ParameterList(ones(width) for width in hidden_dims)
-        self.norm_biases = nn.ParameterList(zeros(width) for width in hidden_dims)
+        # A ParameterList makes Parameters of tensors: [E, in, out] each, the others [E, 1, out].
+        self.kernels = nn.ParameterList(kernels)
+        self.biases = nn.ParameterList(torch.zeros(num_critics, 1, width) for width in widths[1:])
+        self.norm_scales = nn.ParameterList(torch.ones(num_critics, 1, w) for w in hidden_dims)
+        self.norm_biases = nn.ParameterList(torch.zeros(num_critics, 1, w) for w in hidden_dims)
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """observation [B, O], action chunk [B, A] -> Q [E, B]."""
@@ -345,15 +347,16 @@ class Agent(nn.Module):
         dims = observation_dim, chunk_dim, args.hidden_dims
         self.critic = Critic(*dims, args.num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # The clone is trained by cloning all along. The base, its moving average, is the prior.
-        # The policy is the fine-tuned copy: what acts.
+        # The clone is trained by cloning all along (the authors' actor_slow). The base, its moving
+        # average, is the prior (target_actor_slow). The policy is what acts (actor_fast).
         self.clone = VelocityField(*dims, args.actor_layer_norm)
         self.base = copy.deepcopy(self.clone).requires_grad_(False)
         self.policy = copy.deepcopy(self.clone)
         self.noise_dim = chunk_dim  # normal numbers behind one action chunk of the policy
         self.register_buffer("lam", torch.tensor(1.0))  # lambda
         self.register_buffer("kl_ema", torch.tensor(0.0))  # D
-        # epsilon_KL: a tensor too, so that it can change under a recorded graph.
+        # epsilon_KL: a tensor too, so that trqam_online.py can change it under a recorded graph;
+        # not in checkpoints, so that the flag counts.
         self.register_buffer("kl_budget", torch.tensor(args.kl_budget), persistent=False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -365,8 +368,9 @@ class Agent(nn.Module):
         self.policy.load_state_dict(self.clone.state_dict())
 
     def make_optimizer(self, args: Args) -> Optimizer:
-        weights = self.trained_parameters()  # on CUDA, a graph may record Adam's step
-        return Adam(weights, args.learning_rate, fused=True, capturable=weights[0].is_cuda)
+        weights = self.trained_parameters()
+        graph = weights[0].is_cuda  # which may record Adam's step
+        return Adam(weights, args.learning_rate, fused=True, capturable=graph)
 
 
 # --------------------------------------------------------------------------------------- one update
@@ -377,7 +381,7 @@ class Noise(NamedTuple):
     flow_x0: Tensor  # [B, A] normal, x_0 of the behaviour-cloning pairs
     flow_t: Tensor  # [B, 1] uniform on [0, 1), their times
     sde_x0: Tensor  # [B, A] normal, x_0 of the memoryless rollout
-    sde: Tensor  # [K, B, A] normal, its increments (the last is not used: that step has no noise)
+    sde: Tensor  # [K, B, A] normal, scaled by sqrt(h) g_k there (the last is not used)
 
 
 def draw_noise(batch_size: int, chunk_dim: int, args: Args, generator: torch.Generator) -> Noise:
@@ -409,7 +413,8 @@ def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: No
 def losses(agent: Agent, batch: common.Batch, noise: Noise,
            args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of all networks together, and its statistics: scalars without gradient, in the order
-    they arise, so that the first one that is not finite is where it began."""
+    they arise. Of the batch, valid is 0 where its episode ended within the chunk, mask 0 where the
+    task was done there, and reward the chunk's discounted sum."""
     s, a, valid = batch.observation, batch.action, batch.valid  # [B, O], [B, A], [B]
     temperature = args.lam_scale * agent.lam
     with torch.no_grad():
@@ -418,6 +423,7 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise,
         discount = args.gamma**args.chunk_length
         target = critic_target(next_q, batch.reward, batch.mask, discount, args.rho)  # [B]
         xs, x_final = memoryless_rollout(agent.policy, agent.base, s, noise.sde_x0, noise.sde)
+        # torch.func differentiates in x all the same; nothing is kept for backward().
         terminal = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]
         adjoints = lean_adjoint(agent.base, s, xs, terminal)  # [K, B, A]
 
@@ -444,11 +450,11 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise,
 
 
 def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args,
-           losses: Callable = losses) -> dict[str, Tensor]:
-    """One TRQAM update, in place: a function of its arguments that never waits for the device.
-    `losses` may be a compiled one. Returns its statistics: scalars on the device, to be read only
-    when they are logged."""
-    loss, statistics = losses(agent, batch, noise, args)
+           loss_function: Callable = losses) -> dict[str, Tensor]:
+    """One TRQAM update of agent and optimizer, which never waits for the device. loss_function:
+    `losses`, or a compiled one. Returns its statistics: scalars on the device, to be read only when
+    they are logged."""
+    loss, statistics = loss_function(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
     grad_norms = {}  # of each network alone; they are clipped together
@@ -458,9 +464,9 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
     with torch.no_grad():
         # The targets follow the weights that made this loss: those before the step.
-        for target, online in ((agent.target_critic, agent.critic), (agent.base, agent.clone)):
+        for average, trained in ((agent.target_critic, agent.critic), (agent.base, agent.clone)):
             # As torch's optimizers do: private, but one launch for all weights.
-            torch._foreach_lerp_([*target.parameters()], [*online.parameters()], args.tau)
+            torch._foreach_lerp_([*average.parameters()], [*trained.parameters()], args.tau)
         optimizer.step()
         dual_descent(agent.lam, agent.kl_ema, statistics["trust_region/path_kl"], agent.kl_budget,
                      args.eta_lambda, args.kl_ema_coef, args.kl_clip_coef, args.lambda_min,
@@ -478,8 +484,8 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
 # ------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Action chunks [n, A] at observation [n, O]: of those from noise [n, samples, noise_dim], the
-    one of highest mean Q."""
+    """Draws `samples` action chunks at each observation [n, O], from noise [n, samples, noise_dim]
+    -> those of highest mean Q [n, A]."""
     n, samples, _ = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
     action = policy_action(agent, observation, noise.flatten(0, 1), args)  # [n * samples, A]
@@ -505,18 +511,19 @@ def online_step(agent: Agent, dataset: common.ChunkDataset, environment: common.
 def main(args: Args):
     """Clone, fine-tune, go online: the algorithm box. A resumed run falls through to where it was.
 
-    `run` (common.py) holds the folder and its files: `steps` yields the steps of a stage that are
-    left, `after` logs, evaluates and saves where that is due.
+    `run` (common.py) is the folder and its files: `restore` names what checkpoints hold, `steps`
+    yields the steps of a stage that are left, `after` logs, evaluates where it is given the policy,
+    and saves, where that is due.
     """
     with common.Run(__file__, args) as run:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # of the initial weights; all else draws from `generator`
         chunk_dim = args.chunk_length * run.action_dim
         agent = Agent(run.observation_dim, chunk_dim, args).to(run.device)
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(run.device).manual_seed(args.seed)
         policy = functools.partial(act, agent, args=args)
         run.restore(agent=agent, optimizer=optimizer, generator=generator)
-        if not run.done and args.bc_checkpoint:
+        if args.bc_checkpoint and not run.done:  # else it is resumed
             run.load_clone(agent.clone)
         if args.eval_only:
             return run.evaluate_only(policy)
@@ -532,9 +539,9 @@ def main(args: Args):
 
         updates = args.offline_steps
         updates += args.utd_ratio * args.online_steps
-        fast_losses = common.compiled(losses, args.compile, updates, run.device)
+        fast = common.compiled(losses, args.compile, updates, run.device)
         fast_bc_update = functools.partial(bc_update, agent, optimizer, args=args)
-        fast_update = functools.partial(update, agent, optimizer, args=args, losses=fast_losses)
+        fast_update = functools.partial(update, agent, optimizer, args=args, loss_function=fast)
         if args.cuda_graph and run.device.type == "cuda":
             fast_bc_update = common.CudaGraph(fast_bc_update)
             fast_update = common.CudaGraph(fast_update)
@@ -544,12 +551,12 @@ def main(args: Args):
             run.after(fast_bc_update(*draw()))
 
         # 2. Fine-tune a copy of it on the data, at the KL budget.
-        if run.enters("offline"):
+        if run.enters("offline"):  # once, and not again where it is resumed
             agent.start_from_clone()
-            optimizer.state.clear()
-            generator.manual_seed(args.seed)
+            optimizer.state.clear()  # Adam's moments begin anew,
+            generator.manual_seed(args.seed)  # and the noise: as from --bc-checkpoint
             run.save_clone(agent.clone)
-            run.evaluate_and_save(policy)
+            run.evaluate_and_save(policy)  # the clone's score
         for _ in run.steps("offline", args.offline_steps):
             run.after(fast_update(*draw()), policy)
 

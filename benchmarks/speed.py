@@ -125,7 +125,7 @@ class Trainer:
         self.dataset = random_dataset(20_000, device)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.updates = {
-            "update": functools.partial(script.update, losses=losses),
+            "update": functools.partial(script.update, loss_function=losses),
             "bc update": script.bc_update,
         }
         for name, update in self.updates.items():

@@ -263,7 +263,7 @@ def train_as_recorded(recording, script, compile):
     agent.to(recording.device)
     optimizer = agent.make_optimizer(args)
     losses = common.compiled(script.losses, compile, 0, recording.device)
-    update = functools.partial(script.update, agent, optimizer, args=args, losses=losses)
+    update = functools.partial(script.update, agent, optimizer, args=args, loss_function=losses)
     update = common.CudaGraph(update) if recording.device.type == "cuda" else update
 
     for step in range(recording.meta["steps"]):
