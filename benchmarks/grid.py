@@ -113,8 +113,8 @@ class Problem:
             else:
                 ahead = self.noise[k] @ adjoint  # E adjoint_{k+1}, by the step's mean
                 delta = torch.zeros_like(X)
-                for _ in range(150):
-                    delta = delta + 0.2 * (-price * interpolate(ahead, self.mean[k] + 2 * self.h * delta) - delta)
+                for _ in range(60):
+                    delta = delta + 0.3 * (-price * interpolate(ahead, self.mean[k] + 2 * self.h * delta) - delta)
                 adjoint = interpolate(ahead, self.mean[k] + 2 * self.h * delta)
             adjoint = growth[k] * adjoint
             deltas.append(delta)
@@ -124,7 +124,7 @@ class Problem:
         """Delta_k = argmax_u E V_{k+1}(mean + 2hu + sqrt(h) g z) - T 2h u^2 / g^2, by trying u on a grid; 0 at the last
         step, which the rollout leaves to the base."""
         value, deltas = interpolate(REWARD, self.last), [torch.zeros_like(X)]
-        shifts = torch.linspace(-1, 1, 801, dtype=X.dtype)[:, None]  # 2 h u
+        shifts = torch.linspace(-1, 1, 501, dtype=X.dtype)[:, None]  # 2 h u
         for k in reversed(self.k[:-1]):
             price = temperature * shifts**2 / (2 * self.h * self.g2[k])
             ahead = self.noise[k] @ value
@@ -132,14 +132,19 @@ class Problem:
             deltas.append(shifts[best, 0] / (2 * self.h))
         return deltas[::-1]
 
-    def outcome(self, deltas: list[Tensor]) -> dict:
-        """Path KL (E11), its last step's part, and the actions of (E6) and (E1): places and masses."""
+    def path_kl(self, deltas: list[Tensor]) -> tuple[Tensor, list[float]]:
+        """The density of x_{K-1} under (E6), and what each step costs in (E11)."""
         p = torch.exp(-(X**2) / 2)
         p, costs = p / p.sum(), []
         for k in self.k:
             costs.append(float(2 * self.h / self.g2[k] * (p * deltas[k] ** 2).sum()))
             if k < self.k[-1]:
                 p = scatter(self.mean[k] + 2 * self.h * deltas[k], p) @ self.noise[k]
+        return p, costs
+
+    def outcome(self, deltas: list[Tensor]) -> dict:
+        """Path KL (E11), its last step's part, the actions of (E6) and (E1): places and masses."""
+        p, costs = self.path_kl(deltas)
         quantiles = (torch.arange(20_000, dtype=X.dtype) + 0.5) / 20_000
         x = torch.special.ndtri(quantiles)
         for k in self.k:
@@ -154,8 +159,8 @@ def mean_reward(actions: tuple[Tensor, Tensor]) -> float:
 
 def at_kl(kl_of, budget: float) -> float:
     """The temperature at which a falling kl_of(temperature) is `budget`, by bisection of its logarithm."""
-    low, high = math.log(1e-3), math.log(1e3)
-    for _ in range(24):
+    low, high = math.log(0.02), math.log(20)
+    for _ in range(14):
         middle = (low + high) / 2
         low, high = (middle, high) if kl_of(math.exp(middle)) > budget else (low, middle)
     return math.exp(high)
@@ -190,7 +195,7 @@ def rows_of(name: str, flow_steps: int) -> list[dict]:
         ("k+1", lambda temperature: problem.fixed_point(temperature, after=True)),
         ("dynamic programme", problem.dynamic_programme),
     ):
-        temperature = at_kl(lambda temperature: problem.outcome(solve(temperature))["kl"], BUDGET)
+        temperature = at_kl(lambda temperature: sum(problem.path_kl(solve(temperature))[1]), BUDGET)
         found = problem.outcome(solve(temperature))
         target, _ = tilted(prior, REWARD, temperature)
         row = dict(case=name, flow_steps=flow_steps, index=index, temperature=temperature, path_kl=found["kl"])

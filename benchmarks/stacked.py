@@ -28,15 +28,18 @@ import grid
 import trqam_offline as script
 from two_dimensions import CELL, PRIOR, Prior, clone_prior, histogram, off_support, reward, total_variation
 
-SAMPLES = 16_384  # actions from which a policy's numbers are estimated
+REWARD = reward(CELL).double()
+SAMPLES = 10_000  # actions from which a policy's numbers are estimated
 
 
 @dataclass
 class Args:
     seeds: int = 1
     """seeds 0 ... seeds - 1 of every setting"""
-    studies: tuple[str, ...] = ("steps", "theorem", "lemma", "scale", "lambda")
-    """studies to train anew; the others' rows are kept"""
+    studies: tuple[str, ...] = ("scale", "theorem", "steps", "lemma", "lambda")
+    """which ones"""
+    keep: bool = False
+    """keep the numbers there are, and add what is missing"""
     results: Path = ROOT / "benchmarks" / "results" / "two_dimensions"
     """folder of the csv files"""
 
@@ -157,13 +160,14 @@ DEFAULT = dict(  # of one policy; budget 0: QAM at inverse temperature tau; drif
     lam=1.0, eta_lambda=0.01, kl_ema_coef=0.1, lam_scale=3.0, updates=600,
 )
 METHODS = [dict(budget=budget) for budget in (0.3, 1.0)] + [dict(tau=tau) for tau in (1.0, 3.0, 10.0)]
+TURNED = ("eta_lambda", "kl_ema_coef", "lam_scale", "lam")  # of the dual descent
 TURNS = [dict(), *(dict(eta_lambda=eta) for eta in (0.001, 0.1)), *(dict(kl_ema_coef=k) for k in (0.01, 1.0)),
          *(dict(lam_scale=scale) for scale in (1.0, 10.0)), *(dict(lam=lam) for lam in (0.1, 10.0))]
 STUDIES = {  # name -> what differs from DEFAULT
     "steps": [dict(budget=0.5, lam=0.3, flow_steps=steps, after=after, learned=learned)
               for steps in grid.STEPS for learned in (0, 1) for after in (0, 1)],
     "theorem": [dict(tau=tau, after=after) for tau in (0.3, 1, 2, 3, 5, 10, 20) for after in (0, 1)],
-    "lemma": [dict(method, error=error) for method in METHODS for error in (0.0, 0.1, 0.3, 1.0)],
+    "lemma": [dict(method, error=error) for method in METHODS for error in (0, 0.001, 0.1, 0.3, 1)],
     "scale": [dict(method, **changed) for method in METHODS for changed in (
         *(dict(scale=scale) for scale in (0.01, 0.1, 1.0, 10.0, 100.0)),
         *(dict(scale=scale, error=1.0) for scale in (0.1, 1.0, 10.0)),
@@ -173,28 +177,33 @@ STUDIES = {  # name -> what differs from DEFAULT
 }
 
 
-def settings_of(study: str, seeds: int) -> list[dict]:
-    """All policies of a study; QAM's temperature is 1, and its lambda does not move."""
-    chosen = [DEFAULT | dict(study=study, seed=seed) | change for change in STUDIES[study] for seed in range(seeds)]
+def settings_of(study: str, seed: int) -> list[dict]:
+    """The policies of a study; QAM's temperature is 1, and its lambda does not move."""
+    chosen = [DEFAULT | dict(study=study, seed=seed) | change for change in STUDIES[study]]
     still = dict(eta_lambda=0.0, lam=1 / DEFAULT["lam_scale"])
     return [setting if setting["budget"] else setting | still for setting in chosen]
 
 
 @torch.no_grad()
-def measure(setting: dict, q: Tensor, actions: dict[str, Tensor], prior: dict[str, Tensor], history: list[Tensor]):
+def measure(setting: dict, scale: float, q: Tensor, actions: dict[str, Tensor], prior: dict[str, Tensor], history: list[Tensor]):
     """The numbers of one policy: q [cells] its critic's values, actions and the prior's by sampler [N, 2], history
     [updates] each. lambda and KLs are means over the last fifth of training."""
     lam, kl, closed = (float(values[-len(values) // 5:].mean()) for values in history)
     temperature = setting["lam_scale"] * lam / setting["tau"]
     target, tilted_kl = grid.tilted(PRIOR, q.double(), temperature)
+    true, _ = grid.tilted(PRIOR, scale * REWARD, temperature)
+    at_its_kl = grid.at_kl(lambda t: grid.tilted(PRIOR, REWARD, t)[1], kl)
+    gain = float(((grid.tilted(PRIOR, REWARD, at_its_kl)[0] - PRIOR) * REWARD).sum())
     row = dict(setting, lam_end=lam, temperature=temperature, path_kl=kl, closed_form_kl=closed, tilted_kl=tilted_kl)
     row |= dict(kl_max=float(history[1].max()), off_support=off_support(actions["ode"]))
+    row |= dict(tv_exact=total_variation(target, true))  # of the exact answers to both critics
     for name, action in actions.items():
         found, base = histogram(action), histogram(prior[name])
         row |= {
             f"reward_{name}": float(reward(action).mean()), f"prior_reward_{name}": float(reward(prior[name]).mean()),
             f"tv_{name}": total_variation(found, histogram(CELL, target)),
             f"tv_prior_{name}": total_variation(base, histogram(CELL, PRIOR)),
+            f"share_{name}": float(reward(action).mean() - reward(prior[name]).mean()) / gain,
             f"kl_{name}": float((found * (found / base).log()).nan_to_num(0, 0, 0).sum()),
         }
     return row, histogram(actions["ode"])
@@ -211,56 +220,63 @@ def sample(agent, args, velocity: nn.Module, members: int) -> dict[str, Tensor]:
     return {name: action.unflatten(0, (members, -1)) for name, action in (("ode", ode), ("sde", sde))}
 
 
-def fields_of(row: dict) -> list:
-    return [round(value, 5) if isinstance(value, float) else value for value in row.values()]
-
-
-def train_study(study: str, seeds: int, commit: str) -> tuple[list[dict], list[dict]]:
-    """Trains all policies of a study, at most 64 at a time -> their numbers, and curves of KL and lambda."""
+def train_study(study: str, seed: int, clones: list, commit: str) -> tuple[list[dict], list[dict]]:
+    """Trains the policies of a study with one seed -> their numbers, and curves of KL and lambda."""
     groups, rows, curves, histograms = {}, [], [], {}
-    for setting in settings_of(study, seeds):
+    for setting in settings_of(study, seed):
         groups.setdefault((setting["flow_steps"], setting["learned"]), []).append(setting)
-    clones = [clone_prior(seed) for seed in range(seeds)] if any(learned for _, learned in groups) else []
-    for (_, learned), members in groups.items():
-        for settings in (members[i : i + 64] for i in range(0, len(members), 64)):
-            began = time.time()
-            base = Stack([clones[s["seed"]] for s in settings]).requires_grad_(False) if learned else Prior()
-            agent, args, history = fine_tune(settings, base)
-            actions, prior = (sample(agent, args, velocity, len(settings)) for velocity in (agent.policy, agent.base))
-            q = agent.critic.q(CELL.expand(len(settings), -1, -1))
-            for m, setting in enumerate(settings):
-                of_one = lambda stacked: {name: action[m] for name, action in stacked.items()}
-                row, found = measure(setting, q[m], of_one(actions), of_one(prior), [each[:, m] for each in history])
-                key = [(name, value) for name, value in setting.items() if name != "error"]
-                true = histograms.setdefault(tuple(key), found)  # that of error 0 comes first
-                rows.append(row | dict(tv_true_critic=total_variation(found, true), commit=commit))
-                if study == "lambda":
-                    names = ("eta_lambda", "kl_ema_coef", "lam_scale", "lam", "scale", "seed")
-                    of_setting = {name: setting[name] for name in names}
-                    for update in range(9, setting["updates"], 10):
-                        lam, kl = (float(each[update - 9 : update + 1, m].mean()) for each in history[:2])
-                        curves.append(of_setting | dict(update=update + 1, lam_now=lam, path_kl=kl))
-            print(f"{study}: {len(rows)} policies, {time.time() - began:.0f} s for the last {len(settings)}", flush=True)
-    return rows, curves
+    for (_, learned), settings in groups.items():
+        if learned and not clones:
+            clones.append(clone_prior(seed))
+        base = Stack(clones * len(settings)).requires_grad_(False) if learned else Prior()
+        agent, args, history = fine_tune(settings, base)
+        actions, prior = (sample(agent, args, each, len(settings)) for each in (agent.policy, base))
+        q = agent.critic.q(CELL.expand(len(settings), -1, -1))
+        for m, setting in enumerate(settings):
+            of_one = lambda stacked: {name: action[m] for name, action in stacked.items()}
+            ours = of_one(actions), of_one(prior), [each[:, m] for each in history]
+            row, found = measure(setting, float(agent.critic.scale[m]), q[m], *ours)
+            key = tuple((name, value) for name, value in setting.items() if name != "error")
+            true = histograms.setdefault(key, found)  # that of error 0 comes first
+            rows.append(row | dict(tv_true_critic=total_variation(found, true), commit=commit))
+            of_setting = {name: setting[name] for name in (*TURNED, "scale", "seed")}
+            for update in range(10, setting["updates"] + 1, 10):
+                lam, kl = (float(each[update - 10 : update].mean()) for each in ours[2][:2])
+                curves.append(of_setting | dict(update=update, lam_now=lam, path_kl=kl))
+    return rows, curves if study == "lambda" else []
 
 
 def write(path: Path, rows: list[dict]):
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([[*rows[0]], *map(fields_of, rows)])
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        for row in rows:
+            numbers = {name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()}
+            writer.writerow(numbers)
 
 
 def main(args: Args):
     torch.set_num_threads(1)
-    path, commit = args.results / "studies.csv", (common.git_commit(sys.modules[__name__]) or "")[:7]
-    rows = [*csv.DictReader(path.open())] if path.exists() else []
-    for study in args.studies:
-        found, curves = train_study(study, args.seeds, commit)
-        rows = [row for row in rows if row["study"] != study] + found
-        write(path, rows)
-        if curves:
-            write(args.results / "lambda.csv", curves)
+    args.results.mkdir(parents=True, exist_ok=True)
+    commit = (common.git_commit(sys.modules[__name__]) or "unknown")[:7]
+    kept = {}
+    for name in ("studies", "lambda"):
+        path = args.results / f"{name}.csv"
+        old = [*csv.DictReader(path.open())] if args.keep and path.exists() else []
+        kept[name] = [row | dict(seed=int(row["seed"])) for row in old]
+    done = {(row["study"], row["seed"]) for row in kept["studies"]}
+    for seed in range(args.seeds):
+        clones = []  # the learned prior of this seed
+        for study in args.studies:
+            if (study, seed) in done:
+                continue
+            began = time.time()
+            found = train_study(study, seed, clones, commit)
+            for name, rows in zip(kept, found):
+                kept[name] += rows
+                if rows:
+                    write(args.results / f"{name}.csv", kept[name])
+            print(f"{study}, seed {seed}: {time.time() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ policy is cloned from samples by its `bc_update` and fine-tuned by its `update`,
 The others show what benchmarks/grid.py and benchmarks/stacked.py computed, from benchmarks/results/two_dimensions.
 """
 
-import csv
-import functools
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +28,12 @@ import trqam_offline as script
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from study_figures import BLUE, GREY, ORANGE, draw_studies, save
 
 MODE, STD = 0.5, 0.1  # the data: a Gaussian of this standard deviation at each (+-MODE, +-MODE)
 CENTRES = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * MODE
 WORTH, WIDTH = torch.tensor([1.0, 0.5, 0.5, 0.2]), 0.2  # of the reward's bumps there
 CELLS, BINS = 200, 20  # on each side of [-1, 1]^2: of exact sums, and of histograms of samples
-BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#e07b28", "#3a9d5d", "#8a8a8a"
 
 
 @dataclass
@@ -117,7 +114,7 @@ def start(seed: int, **settings) -> tuple:
     return agent, args, draw
 
 
-def clone_prior(seed: int, updates: int = 3_000, **settings) -> nn.Module:
+def clone_prior(seed: int, updates: int = 2_000, **settings) -> nn.Module:
     """The data's velocity, learned by `bc_update`."""
     agent, args, draw = start(seed, **settings)
     optimizer = agent.make_optimizer(args)
@@ -136,3 +133,123 @@ def run(seed: int = 0, updates: int = 600, **settings) -> tuple:
     optimizer = agent.make_optimizer(args)
     history = [script.update(agent, optimizer, *draw(), args) for _ in range(updates)]
     return agent, args, {name: [float(row[name]) for row in history] for name in history[0]}
+
+
+# ---------------------------------------------------------------------------------------- pictures
+def plane(ax, title: str, reach: float = 1.0):
+    ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), xticks=(), yticks=(), aspect=1)
+
+
+def shade(ax, mass: Tensor, cmap: str):
+    image = mass.reshape(CELLS, CELLS).T
+    ax.imshow(image, origin="lower", extent=(-1, 1, -1, 1), cmap=cmap, alpha=0.8, aspect="auto")
+
+
+def arrows(ax, x: Tensor, direction: Tensor, color: str, length: float = 0.16):
+    """Of equal length: the sizes differ by orders of magnitude."""
+    direction = length * nn.functional.normalize(direction, dim=-1)
+    ax.quiver(*x.T, *direction.T, color=color, angles="xy", scale_units="xy", scale=1, width=0.006)
+
+
+@torch.no_grad()
+def draw_one_update(agent, args, history: dict, path: Path, commit: str):
+    """The method in six panels: see docs/two_dimensions.md."""
+    figure, ((one, two, three), (four, five, six)) = plt.subplots(2, 3, figsize=(11, 7.4))
+    generator, n, steps = torch.Generator().manual_seed(3), 3_000, args.flow_steps
+    s, x = torch.zeros(n, 1), torch.randn(n, 2, generator=generator)
+    noise = torch.randn(steps, n, 2, generator=generator)
+
+    plane(one, "1  The prior: noise flows to four habits", 2.2)
+    shade(one, PRIOR, "Blues")
+    line = [x[:40]]
+    for k in range(steps):
+        line.append(line[-1] + agent.base(s[:40], line[-1], k / steps) / steps)
+    one.plot(*torch.stack(line).permute(2, 0, 1), color=GREY, lw=0.8)
+    one.scatter(*x[:40].T, s=8, color=GREY)
+
+    xs, x_final = script.memoryless_rollout(agent.base, agent.base, s, x, noise)
+    plane(two, "2  Roll out with the memoryless noise", 2.2)
+    shade(two, PRIOR, "Blues")
+    two.plot(*torch.cat([xs, x_final[None]])[:, :5].permute(2, 0, 1), lw=1, marker=".", ms=3)
+    two.scatter(*x[:5].T, s=18, color="black", zorder=3)
+
+    plane(three, "3  Carry the critic's gradient back along them")
+    shade(three, reward(CELL), "Oranges")
+    terminal = script.terminal_adjoint(agent.critic, s, x_final)
+    adjoints = script.lean_adjoint(agent.base, s, xs, terminal)
+    shown = xs[5:].abs().amax((0, 2)).argsort()[:600:40]  # paths that stay in sight
+    three.plot(*torch.cat([xs[5:], x_final[None]])[:, shown].permute(2, 0, 1), color=GREY, lw=0.7)
+    for points, adjoint in zip(xs[6:], adjoints[6:]):
+        arrows(three, points[shown], -adjoint[shown], "black")
+
+    k = 7
+    plane(four, f"4  The velocity's change, at t = {k / steps}")
+    places = torch.cartesian_prod(*[torch.linspace(-0.9, 0.9, 13)] * 2)
+    change = agent.policy(s[:169], places, k / steps) - agent.base(s[:169], places, k / steps)
+    shade(four, PRIOR, "Blues")
+    four.quiver(*places.T, *change.T, color="black", angles="xy", width=0.005)
+
+    temperature = float(args.lam_scale * agent.lam)
+    target, _ = grid.tilted(PRIOR, reward(CELL).double(), temperature)
+    action = script.ode_sample(agent.policy, s, x, steps)
+    distance = total_variation(histogram(action), histogram(CELL, target))
+    plane(five, "5  Prior · exp(Q/T), and the policy's actions")
+    shade(five, target, "Blues")
+    five.scatter(*action[:1_200].T, s=1.5, color=ORANGE)
+    five.text(-0.95, -0.95, f"T = {temperature:.2f}, total variation {distance:.2f}", fontsize=9)
+
+    six.plot(history["trust_region/path_kl"], color=BLUE, lw=1)
+    six.axhline(args.kl_budget, color="black", ls="--", lw=1)
+    six.set(title="6  Path KL on its budget; λ moves", xlabel="update", ylim=(0, 1.5))
+    six.set_ylabel("path KL, nats", color=BLUE)
+    right = six.twinx()
+    right.plot(history["trust_region/lambda"], color=ORANGE)
+    right.set_ylabel("λ", color=ORANGE)
+    right.set_ylim(0)
+    save(figure, path, f"one run of trqam_offline.py's update, seed 0, commit {commit}")
+
+
+@torch.no_grad()
+def draw_memoryless(path: Path, commit: str):
+    """Beginning against end, of the exact prior's paths."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    prior, n = Prior(), 20_000
+    generator = torch.Generator().manual_seed(0)
+    found = {"ODE": [], "memoryless SDE": []}
+    for steps in grid.STEPS:
+        s, x = torch.zeros(n, 1), torch.randn(n, 2, generator=generator)
+        noise = torch.randn(steps, n, 2, generator=generator)
+        ends = (script.ode_sample(prior, s, x, steps),
+                script.memoryless_rollout(prior, prior, s, x, noise)[1])
+        for ax, (name, correlations), end in zip(axes, found.items(), ends):
+            correlations.append(float(torch.corrcoef(torch.stack([x[:, 0], end[:, 0]]))[0, 1]))
+            if steps == 10:
+                ax.scatter(x[:1_500, 0], end[:1_500, 0], s=2, color=BLUE)
+                ax.set(title=f"{name}, K = 10: correlation {correlations[-1]:.2f}",
+                       xlabel="where the path begins", ylabel="where it ends", ylim=(-1.1, 1.1))
+    for (name, correlations), color in zip(found.items(), (GREY, BLUE)):
+        axes[2].semilogx(grid.STEPS, correlations, "o-", color=color, label=name)
+    axes[2].set(title="Correlation over the steps", xlabel="flow steps K", ylim=(-0.1, 1))
+    axes[2].set_xticks(grid.STEPS, grid.STEPS)
+    axes[2].minorticks_off()
+    axes[2].legend()
+    save(figure, path, f"exact prior, first coordinate of {n:,} paths, seed 0, commit {commit}")
+
+
+def main(args: Args):
+    torch.set_num_threads(1)  # such small networks are slower with more
+    results, commit = ROOT / "benchmarks/results/two_dimensions", common.git_commit() or "unknown"
+    if args.seeds:
+        import stacked  # which imports this file
+
+        grid.main()
+        stacked.main(stacked.Args(seeds=args.seeds, results=results))
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw_memoryless(args.output / "two_dimensions_memoryless.png", commit[:7])
+    draw_one_update(*run(), args.output / "two_dimensions.png", commit[:7])
+    draw_studies(results, args.output)
+    print(f"pictures: {args.output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
