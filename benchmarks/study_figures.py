@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
+plt.rcParams |= {"axes.titlesize": 10.5, "font.size": 9.5}
 BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#e07b28", "#3a9d5d", "#8a8a8a"
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # Student's t, 1 ... 7 degrees of freedom
 
@@ -20,7 +21,7 @@ def save(figure, path: Path, note: str):
     figure.text(0.995, 0.008, note, ha="right", fontsize=8, color=GREY)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the size
+    Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)  # a third of the size
 
 
 def read(path: Path) -> list[dict]:

@@ -124,11 +124,11 @@ def clone_prior(seed: int, updates: int = 2_000, **settings) -> nn.Module:
     return agent.clone
 
 
-def run(seed: int = 0, updates: int = 600, **settings) -> tuple:
+def run(seed: int = 0, cloned: int = 2_000, updates: int = 600, **settings) -> tuple:
     """Cloning and fine-tuning by the script's functions -> agent, args, statistics [updates] each."""
     agent, args, draw = start(seed, **settings)
     agent.critic, agent.target_critic = Reward(), Reward()
-    agent.clone.load_state_dict(clone_prior(seed, **settings).state_dict())
+    agent.clone.load_state_dict(clone_prior(seed, cloned, **settings).state_dict())
     agent.start_from_clone()
     optimizer = agent.make_optimizer(args)
     history = [script.update(agent, optimizer, *draw(), args) for _ in range(updates)]
@@ -196,7 +196,8 @@ def draw_one_update(agent, args, history: dict, path: Path, commit: str):
     plane(five, "5  Prior · exp(Q/T), and the policy's actions")
     shade(five, target, "Blues")
     five.scatter(*action[:1_200].T, s=1.5, color=ORANGE)
-    five.text(-0.95, -0.95, f"T = {temperature:.2f}, total variation {distance:.2f}", fontsize=9)
+    label = f"T = {temperature:.2f}: total variation {distance:.2f}"
+    five.text(0, -0.96, label, ha="center", fontsize=9, backgroundcolor="white")
 
     six.plot(history["trust_region/path_kl"], color=BLUE, lw=1)
     six.axhline(args.kl_budget, color="black", ls="--", lw=1)
