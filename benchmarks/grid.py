@@ -1,16 +1,21 @@
-"""How far K flow steps fall short of the exact answer, on a one-dimensional grid: no sampling noise, no networks.
+"""How far K flow steps fall short of the exact answer, on a one-dimensional grid: no sampling
+noise, no networks.
 
-    python benchmarks/grid.py        # rewrites benchmarks/results/two_dimensions/grid.csv, in about two minutes
+    python benchmarks/grid.py        # rewrites benchmarks/results/two_dimensions/grid.csv, in
+    about two minutes
 
-Prior and reward are sums over coordinates, so one coordinate tells all. Where the regression (E10) has converged, the
-velocity is Delta_k(x) = -g_k^2 E[adjoint | x_k = x] / (2 T), an expectation over paths that Delta itself moves: a fixed
-point, computed here backwards from the last step. With the adjoint of step k (the authors' program) or k + 1 ("after").
-Beside them `dynamic_programme`: the best that any mean shifts of the K Gaussian steps can do at the same price.
+Prior and reward are sums over coordinates, so one coordinate tells all. Where the regression (E10)
+has converged, the velocity is Delta_k(x) = -g_k^2 E[adjoint | x_k = x] / (2 T), an expectation
+over paths that Delta itself moves: a fixed point, computed here backwards from the last step. With
+the adjoint of step k (the authors' program) or k + 1 ("after"). Beside them `dynamic_programme`:
+the best that any mean shifts of the K Gaussian steps can do at the same price.
 
-share = gain in reward of the policy's actions over the prior's / gain of the exact prior tilted by exp(reward / T')
-at a KL of BUDGET nats, both at a path KL (E11) of BUDGET nats. The prior's actions are drawn by the same K-step
-sampler, so that its own error is in neither.
+share = gain in reward of the policy's actions over the prior's / gain of the exact prior tilted by
+exp(reward / T') at a KL of BUDGET nats, both at a path KL (E11) of BUDGET nats. The prior's
+actions are drawn by the same K-step sampler, so that its own error is in neither.
 """
+
+# ruff: noqa: E402 (imports need the path)
 
 import csv
 import math
@@ -33,12 +38,14 @@ REWARD = X.clamp(-1, 1)  # of the clipped action
 
 
 def two_modes(mode: float, std: float):
-    """The exact flow from N(0, 1) to (N(-mode, std^2) + N(mode, std^2)) / 2, per coordinate; any script's
-    `Velocity`: x [..., A] at t (a number or [..., 1]) -> [..., A]."""
+    """The exact flow from N(0, 1) to (N(-mode, std^2) + N(mode, std^2)) / 2, per coordinate; any
+    script's `Velocity`: x [..., A] at t (a number or [..., 1]) -> [..., A]."""
 
     def velocity(observation: Tensor | None, x: Tensor, t: float | Tensor) -> Tensor:
         variance = (1 - t) ** 2 + (t * std) ** 2
-        mean = mode * torch.tanh(t * mode * x / variance)  # E[centre of the action's mode | x_t = x]
+        mean = mode * torch.tanh(
+            t * mode * x / variance
+        )  # E[centre of the action's mode | x_t = x]
         return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
 
     return velocity
@@ -49,7 +56,7 @@ def density(mode: float, std: float) -> Tensor:
     return p / p.sum()
 
 
-CASES = {  # name -> the prior's mode and standard deviation in each coordinate; the reward is the coordinate itself
+CASES = {  # name -> the prior's mode and deviation in a coordinate, which is its own reward
     "four sharp modes": (0.5, 0.1),
     "one broad mode": (0.0, 0.35),
     "one narrow mode": (0.0, 0.1),
@@ -92,16 +99,22 @@ class Problem:
         self.noise = [gaussian_steps(self.h * g2) for g2 in self.g2]
         self.base = [self.velocity(None, X, k * self.h) for k in self.k]
         # (E6): mean of x_{k+1} under the prior; the last step is the base's, and has no noise.
-        self.mean = [X + self.h * (2 * v - X / ((k + 1) * self.h)) for k, v in zip(self.k, self.base)]
+        self.mean = [
+            X + self.h * (2 * v - X / ((k + 1) * self.h)) for k, v in zip(self.k, self.base)
+        ]
         self.last = X + self.h * self.base[-1]
         # (E8): 1 + h db_k/dx, with the base at t_k + h.
         self.growth = [
-            1 + self.h * (2 * derivative(self.velocity(None, X, (k + 1) * self.h)) - 1 / ((k + 1) * self.h))
+            1
+            + self.h
+            * (2 * derivative(self.velocity(None, X, (k + 1) * self.h)) - 1 / ((k + 1) * self.h))
             for k in self.k
         ]
         self.slope = derivative(REWARD)
 
-    def fixed_point(self, temperature: float, after: bool, growth: list[Tensor] | None = None) -> list[Tensor]:
+    def fixed_point(
+        self, temperature: float, after: bool, growth: list[Tensor] | None = None
+    ) -> list[Tensor]:
         """Delta_k on the grid where (E10) has converged, from 0 as training does."""
         growth = growth or self.growth
         adjoint = -interpolate(self.slope, self.last)  # E[adjoint_K | x_{K-1}]
@@ -114,15 +127,17 @@ class Problem:
                 ahead = self.noise[k] @ adjoint  # E adjoint_{k+1}, by the step's mean
                 delta = torch.zeros_like(X)
                 for _ in range(60):
-                    delta = delta + 0.3 * (-price * interpolate(ahead, self.mean[k] + 2 * self.h * delta) - delta)
+                    delta = delta + 0.3 * (
+                        -price * interpolate(ahead, self.mean[k] + 2 * self.h * delta) - delta
+                    )
                 adjoint = interpolate(ahead, self.mean[k] + 2 * self.h * delta)
             adjoint = growth[k] * adjoint
             deltas.append(delta)
         return deltas[::-1]
 
     def dynamic_programme(self, temperature: float) -> list[Tensor]:
-        """Delta_k = argmax_u E V_{k+1}(mean + 2hu + sqrt(h) g z) - T 2h u^2 / g^2, by trying u on a grid; 0 at the last
-        step, which the rollout leaves to the base."""
+        """Delta_k = argmax_u E V_{k+1}(mean + 2hu + sqrt(h) g z) - T 2h u^2 / g^2, by trying u on
+        a grid; 0 at the last step, which the rollout leaves to the base."""
         value, deltas = interpolate(REWARD, self.last), [torch.zeros_like(X)]
         shifts = torch.linspace(-1, 1, 501, dtype=X.dtype)[:, None]  # 2 h u
         for k in reversed(self.k[:-1]):
@@ -149,7 +164,12 @@ class Problem:
         x = torch.special.ndtri(quantiles)
         for k in self.k:
             x = x + self.h * (self.velocity(None, x, k * self.h) + interpolate(deltas[k], x))
-        return dict(kl=sum(costs), last=costs[-1], sde=(self.last, p), ode=(x, torch.full_like(x, 1 / len(x))))
+        return dict(
+            kl=sum(costs),
+            last=costs[-1],
+            sde=(self.last, p),
+            ode=(x, torch.full_like(x, 1 / len(x))),
+        )
 
 
 def mean_reward(actions: tuple[Tensor, Tensor]) -> float:
@@ -158,7 +178,8 @@ def mean_reward(actions: tuple[Tensor, Tensor]) -> float:
 
 
 def at_kl(kl_of, budget: float) -> float:
-    """The temperature at which a falling kl_of(temperature) is `budget`, by bisection of its logarithm."""
+    """The temperature at which a falling kl_of(temperature) is `budget`, by bisection of its
+    logarithm."""
     low, high = math.log(0.02), math.log(20)
     for _ in range(14):
         middle = (low + high) / 2
@@ -186,7 +207,9 @@ def total_variation(actions: tuple[Tensor, Tensor], q: Tensor, bins: int = 80) -
 
 def rows_of(name: str, flow_steps: int) -> list[dict]:
     problem, prior = Problem(*CASES[name], flow_steps), density(*CASES[name])
-    best, _ = tilted(prior, REWARD, at_kl(lambda temperature: tilted(prior, REWARD, temperature)[1], BUDGET))
+    best, _ = tilted(
+        prior, REWARD, at_kl(lambda temperature: tilted(prior, REWARD, temperature)[1], BUDGET)
+    )
     gain = float(((best - prior) * REWARD).sum())
     base = problem.outcome([torch.zeros_like(X)] * flow_steps)
     rows = []
@@ -198,7 +221,13 @@ def rows_of(name: str, flow_steps: int) -> list[dict]:
         temperature = at_kl(lambda temperature: sum(problem.path_kl(solve(temperature))[1]), BUDGET)
         found = problem.outcome(solve(temperature))
         target, _ = tilted(prior, REWARD, temperature)
-        row = dict(case=name, flow_steps=flow_steps, index=index, temperature=temperature, path_kl=found["kl"])
+        row = dict(
+            case=name,
+            flow_steps=flow_steps,
+            index=index,
+            temperature=temperature,
+            path_kl=found["kl"],
+        )
         row |= dict(last_step_share=found["last"] / found["kl"])
         for sample in ("sde", "ode"):
             row[f"share_{sample}"] = (mean_reward(found[sample]) - mean_reward(base[sample])) / gain

@@ -1,4 +1,5 @@
-"""The pictures of the numbers in benchmarks/results/two_dimensions: drawn by examples/two_dimensions.py."""
+"""The pictures of the numbers in benchmarks/results/two_dimensions: drawn by
+examples/two_dimensions.py."""
 
 import csv
 import math
@@ -22,6 +23,22 @@ def save(figure, path: Path, note: str):
     figure.savefig(path, dpi=90)
     plt.close(figure)
     Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)  # a third of the size
+
+
+def plane(ax, title: str, reach: float = 1.0):
+    ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), xticks=(), yticks=(), aspect=1)
+
+
+def shade(ax, mass, cmap: str):
+    """A number for each cell of [-1, 1]^2."""
+    image = mass.reshape(round(len(mass) ** 0.5), -1).T
+    ax.imshow(image, origin="lower", extent=(-1, 1, -1, 1), cmap=cmap, alpha=0.8, aspect="auto")
+
+
+def arrows(ax, x, direction, color: str, length: float = 0.16):
+    """Of equal length: the sizes differ by orders of magnitude."""
+    direction = length * direction / direction.norm(dim=-1, keepdim=True)
+    ax.quiver(*x.T, *direction.T, color=color, angles="xy", scale_units="xy", scale=1, width=0.006)
 
 
 def read(path: Path) -> list[dict]:
@@ -74,29 +91,60 @@ def draw_steps(grid_rows: list[dict], rows: list[dict], path: Path):
         for index, color in colors.items():
             chosen = where(grid_rows, case="four sharp modes", index=index)
             label = index if index.startswith("d") else f"adjoint {index}: fixed point"
-            ax.plot([row["flow_steps"] for row in chosen], [row[f"share_{sample}"] for row in chosen],
-                    ls="--" if index.startswith("d") else "-", color=color, label=label)
+            ax.plot(
+                [row["flow_steps"] for row in chosen],
+                [row[f"share_{sample}"] for row in chosen],
+                ls="--" if index.startswith("d") else "-",
+                color=color,
+                label=label,
+            )
         for after, color in ((0, BLUE), (1, ORANGE)):
             for learned, marker in ((0, "o"), (1, "s")):
                 chosen = where(rows, after=after, learned=learned)
                 if chosen:
                     name = f"trained, {'learned' if learned else 'exact'} prior"
-                    curve(ax, by(chosen, "flow_steps"), lambda row: row[f"share_{sample}"], color=color, ls="",
-                          marker=marker, mfc="white" if learned else color, label=name if after else None)
-        ax.set(title=f"Share of the possible gain, {sample.upper()} actions", xlabel="flow steps K", ylim=(-0.4, 1.6))
+                    curve(
+                        ax,
+                        by(chosen, "flow_steps"),
+                        lambda row: row[f"share_{sample}"],
+                        color=color,
+                        ls="",
+                        marker=marker,
+                        mfc="white" if learned else color,
+                        label=name if after else None,
+                    )
+        ax.set(
+            title=f"Share of the possible gain, {sample.upper()} actions",
+            xlabel="flow steps K",
+            ylim=(-0.4, 1.6),
+        )
     axes[0].legend(fontsize=7)
     for after, color in ((0, BLUE), (1, ORANGE)):
         for learned, marker in ((0, "o"), (1, "s")):
             chosen = where(rows, after=after, learned=learned)
             if chosen:
-                curve(axes[2], by(chosen, "flow_steps"), lambda row: row["tv_ode"], color=color, marker=marker,
-                      mfc="white" if learned else color, label=f"adjoint k{'+1' * after}, "
-                      f"{'learned' if learned else 'exact'} prior")
+                curve(
+                    axes[2],
+                    by(chosen, "flow_steps"),
+                    lambda row: row["tv_ode"],
+                    color=color,
+                    marker=marker,
+                    mfc="white" if learned else color,
+                    label=f"adjoint k{'+1' * after}, {'learned' if learned else 'exact'} prior",
+                )
     chosen = where(rows, after=0, learned=0)
     if chosen:
-        curve(axes[2], by(chosen, "flow_steps"), lambda row: row["tv_prior_ode"], color=GREY, ls="--",
-              label="the exact prior's own, by K steps")
-    axes[2].set(title="Total variation from prior · exp(Q/T), ODE", xlabel="flow steps K", ylim=(0, 1))
+        curve(
+            axes[2],
+            by(chosen, "flow_steps"),
+            lambda row: row["tv_prior_ode"],
+            color=GREY,
+            ls="--",
+            label="the exact prior's own, by K steps",
+        )
+    axes[2].set(
+        title="Total variation from prior · exp(Q/T), ODE", xlabel="flow steps K", ylim=(0, 1)
+    )
     axes[2].legend(fontsize=7)
     for ax in axes:
         ax.set_xscale("log")
@@ -107,23 +155,46 @@ def draw_steps(grid_rows: list[dict], rows: list[dict], path: Path):
 
 def draw_theorem(rows: list[dict], path: Path):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    kinds = {"path_kl": ("path KL (E11)", BLUE, "o-"), "tilted_kl": ("KL of prior · exp(Q/T)", "black", "-"),
-             "kl_sde": ("KL of the SDE's actions", GREEN, "^-"), "kl_ode": ("KL of the ODE's actions", ORANGE, "s-"),
-             "closed_form_kl": ("closed form", GREY, "x--")}
+    kinds = {
+        "path_kl": ("path KL (E11)", BLUE, "o-"),
+        "tilted_kl": ("KL of prior · exp(Q/T)", "black", "-"),
+        "kl_sde": ("KL of the SDE's actions", GREEN, "^-"),
+        "kl_ode": ("KL of the ODE's actions", ORANGE, "s-"),
+        "closed_form_kl": ("closed form", GREY, "x--"),
+    }
     for ax, after in zip(axes, (0, 1)):
         for name, (label, color, style) in kinds.items():
-            curve(ax, by(where(rows, after=after), "temperature"), lambda row: row[name], color=color, fmt=style,
-                  label=label, ms=4)
-        ax.set(title=f"Adjoint of step k{' + 1' * after}", xlabel="temperature λ_eff", xscale="log", yscale="log",
-               ylim=(1e-3, 1e4))
+            curve(
+                ax,
+                by(where(rows, after=after), "temperature"),
+                lambda row: row[name],
+                color=color,
+                fmt=style,
+                label=label,
+                ms=4,
+            )
+        ax.set(
+            title=f"Adjoint of step k{' + 1' * after}",
+            xlabel="temperature λ_eff",
+            xscale="log",
+            yscale="log",
+            ylim=(1e-3, 1e4),
+        )
     axes[0].set_ylabel("nats")
     axes[0].legend(fontsize=8)
     save(figure, path, f"K = 10, {note(rows)}")
 
 
 METHODS = (  # budget, tau, color
-    (0.3, 1.0, "#7fb2e5"), (1.0, 1.0, BLUE), (0.0, 1.0, "#f3c08f"), (0.0, 3.0, ORANGE), (0.0, 10.0, "#9c4a0b"),
+    (0.3, 1.0, "#7fb2e5"),
+    (1.0, 1.0, BLUE),
+    (0.0, 1.0, "#f3c08f"),
+    (0.0, 3.0, ORANGE),
+    (0.0, 10.0, "#9c4a0b"),
 )
+
+
+TURNED = ("eta_lambda", "kl_ema_coef", "lam_scale", "lam")  # of the dual descent
 
 
 def label_of(budget: float, tau: float) -> str:
@@ -139,12 +210,31 @@ def draw_lemma(rows: list[dict], path: Path):
         groups = {}
         for row in chosen:
             groups.setdefault(row["error"], []).append(row)
-        groups = {2 * e * statistics.fmean(1 / row["temperature"] for row in g): g for e, g in groups.items()}
-        curve(ax, groups, lambda row: row["tv_true_critic"], color=color, marker="o", label=label_of(budget, tau))
+        groups = {
+            2 * e * statistics.fmean(1 / row["temperature"] for row in g): g
+            for e, g in groups.items()
+        }
+        curve(
+            ax,
+            groups,
+            lambda row: row["tv_true_critic"],
+            color=color,
+            marker="o",
+            label=label_of(budget, tau),
+        )
         curve(ax, groups, lambda row: row["tv_exact"], color=color, ls=":", label=None)
-    for ax, title in zip(axes, ("QAM: fixed τ", "TRQAM: fixed budget (β = 1/λ_eff, where it ended)")):
-        ax.plot(xs, [min(1.0, math.expm1(x) / 2) for x in xs], color="black", label="Lemma 1, at most 1")
-        ax.set(title=title, xscale="log", ylim=(0, 1.05), xlabel="2 β e   (inverse temperature · largest critic error)")
+    for ax, title in zip(
+        axes, ("QAM: fixed τ", "TRQAM: fixed budget (β = 1/λ_eff, where it ended)")
+    ):
+        ax.plot(
+            xs, [min(1.0, math.expm1(x) / 2) for x in xs], color="black", label="Lemma 1, at most 1"
+        )
+        ax.set(
+            title=title,
+            xscale="log",
+            ylim=(0, 1.05),
+            xlabel="2 β e   (inverse temperature · largest critic error)",
+        )
         ax.legend(fontsize=8)
     axes[0].set_ylabel("total variation from the\ntrue critic's policy")
     save(figure, path, f"dotted: the exact tilted densities; {note(rows)}")
@@ -152,8 +242,11 @@ def draw_lemma(rows: list[dict], path: Path):
 
 def draw_scale(rows: list[dict], path: Path):
     figure, axes = plt.subplots(2, 3, figsize=(11, 7))
-    shown = (("reward_ode", "true reward", (0, 1)), ("path_kl", "path KL, nats", (1e-4, 100)),
-             ("off_support", "share of actions off the data", (0, 1)))
+    shown = (
+        ("reward_ode", "true reward", (0, 1)),
+        ("path_kl", "path KL, nats", (1e-4, 100)),
+        ("off_support", "share of actions off the data", (0, 1)),
+    )
     for line, error in zip(axes, (0.0, 1.0)):
         for ax, (name, title, limits) in zip(line, shown):
             for budget, tau, color in METHODS:
@@ -165,7 +258,11 @@ def draw_scale(rows: list[dict], path: Path):
             if name == "reward_ode":
                 mean = statistics.fmean(row["prior_reward_ode"] for row in rows)
                 ax.axhline(mean, color="black", lw=0.8, ls=":")
-            ax.set(xscale="log", title=title + (", critic wrong by the reward's size" if error else ""), ylim=limits)
+            ax.set(
+                xscale="log",
+                title=title + (", critic wrong by the reward's size" if error else ""),
+                ylim=limits,
+            )
             ax.set_xlim(5e-3, 3e3)
             ax.set_yscale("log" if name == "path_kl" else "linear")
             ax.set_xticks((0.01, 0.1, 1, 10, 100, 1000), ("0.01", "0.1", "1", "10", "100", "drift"))
@@ -173,14 +270,24 @@ def draw_scale(rows: list[dict], path: Path):
             ax.minorticks_off()
             ax.title.set_fontsize(10)
     axes[0, 0].legend(fontsize=7)
-    save(figure, path, f"dotted: the prior; drift: from 0.1 to 10 during training; K = 10, {note(rows)}")
+    save(
+        figure,
+        path,
+        f"dotted: the prior; drift: from 0.1 to 10 during training; K = 10, {note(rows)}",
+    )
 
 
 def draw_lambda(rows: list[dict], path: Path, commit: str):
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), sharex=True)
     usual = dict(eta_lambda=0.01, kl_ema_coef=0.1, lam_scale=3.0, lam=1.0, scale=1.0)
-    for (above, below), (name, title) in zip(axes.T, (
-        ("scale", "Reward multiplied by"), ("eta_lambda", "eta_lambda"), ("lam", "λ at the start"))):
+    for (above, below), (name, title) in zip(
+        axes.T,
+        (
+            ("scale", "Reward multiplied by"),
+            ("eta_lambda", "eta_lambda"),
+            ("lam", "λ at the start"),
+        ),
+    ):
         chosen = where(rows, **{other: value for other, value in usual.items() if other != name})
         for (value, group), color in zip(by(chosen, name).items(), (GREY, BLUE, ORANGE)):
             for ax, shown in ((above, "path_kl"), (below, "lam_now")):
@@ -209,4 +316,136 @@ def draw_studies(results: Path, output: Path):
     if chosen := where(rows, study="scale"):
         draw_scale(chosen, output / "two_dimensions_scale.png")
     if chosen := where(rows, study="lambda"):
-        draw_lambda(read(results / "lambda.csv"), output / "two_dimensions_lambda.png", chosen[0]["commit"])
+        draw_lambda(
+            read(results / "lambda.csv"), output / "two_dimensions_lambda.png", chosen[0]["commit"]
+        )
+
+
+def table(head: list[str], lines: list[list]):
+    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for line in lines:
+        print("| " + " | ".join(map(str, line)) + " |")
+
+
+def cell(rows: list[dict], name: str) -> str:
+    mean, half = interval([row[name] for row in rows])
+    return f"{mean:.2f}" + (f" ± {half:.2f}" if half == half else "")
+
+
+def settling(rows: list[dict]) -> tuple[str, str, str]:
+    """Of one setting's seeds, with a budget of 0.5 and windows of 50 updates: largest KL over the
+    budget; the update from which KL stays within a fifth of it, as a median (never: in more than
+    half of the seeds); last lambda."""
+    peaks, settled, ends = [], [], []
+    for run in by(rows, "seed").values():
+        kls = [row["path_kl"] for row in run]
+        smooth = [statistics.fmean(kls[max(0, i - 4) : i + 1]) for i in range(len(kls))]
+        outside = [i for i, kl in enumerate(smooth) if abs(kl - 0.5) > 0.1]
+        peaks.append(max(kls) / 0.5)
+        settled.append(
+            run[outside[-1] + 1]["update"] if outside and outside[-1] + 1 < len(run) else math.inf
+        )
+        ends.append(run[-1]["lam_now"])
+    update = statistics.median_high(settled)
+    times = "never" if math.isinf(update) else f"{update:.0f}"
+    return f"{statistics.fmean(peaks):.1f}", times, f"{statistics.fmean(ends):.3f}"
+
+
+def print_tables(results: Path):
+    """The tables of docs/two_dimensions.md."""
+    lines = []
+    for row in read(results / "grid.csv"):
+        shown = [
+            f"{row[name]:.2f}"
+            for name in (
+                "share_sde",
+                "share_ode",
+                "last_step_share",
+                "tv_sde",
+                "tv_ode",
+                "tv_base_sde",
+                "tv_base_ode",
+            )
+        ]
+        lines.append([row["case"], int(row["flow_steps"]), row["index"], *shown])
+    table(
+        [
+            "",
+            "K",
+            "adjoint",
+            "share, SDE",
+            "share, ODE",
+            "last step's part of the path KL",
+            "TV, SDE",
+            "TV, ODE",
+            "prior's own TV, SDE",
+            "ODE",
+        ],
+        lines,
+    )
+
+    rows = where(read(results / "studies.csv"), study="steps")
+    names = ("share_sde", "share_ode", "tv_sde", "tv_ode", "path_kl", "lam_end")
+    table(
+        ["prior", "K", "adjoint", "share, SDE", "share, ODE", "TV, SDE", "TV, ODE", "path KL", "λ"],
+        [
+            [
+                "learned" if learned else "exact",
+                int(steps),
+                "k+1" if after else "k",
+                *(cell(chosen, n) for n in names),
+            ]
+            for learned in (0, 1)
+            for steps, at in by(where(rows, learned=learned), "flow_steps").items()
+            for after, chosen in by(at, "after").items()
+        ],
+    )
+
+    rows = where(read(results / "studies.csv"), study="scale")
+    for error in (0.0, 1.0):
+        for name in ("reward_ode", "path_kl", "off_support"):
+            scales = by(where(rows, error=error, drift=0.0), "scale")
+            drifting = where(rows, error=error, drift=1.0)
+            table(
+                [
+                    f"{name}, critic error {error:g}",
+                    *map("{:g}".format, scales),
+                    *["drift"] * bool(drifting),
+                ],
+                [
+                    [
+                        label_of(budget, tau),
+                        *(
+                            cell(where(at, budget=budget, tau=tau), name)
+                            for at in (*scales.values(), *[drifting] * bool(drifting))
+                        ),
+                    ]
+                    for budget, tau, _ in METHODS
+                ],
+            )
+
+    rows = read(results / "lambda.csv") if (results / "lambda.csv").exists() else []
+    settings = {}
+    for row in rows:
+        settings.setdefault(tuple(row[name] for name in TURNED), []).append(row)
+    table(
+        [
+            *TURNED,
+            *(
+                f"{what}, reward × {scale:g}"
+                for scale in (0.1, 1, 10)
+                for what in ("peak", "settled", "λ")
+            ),
+        ],
+        [
+            [
+                *(f"{value:g}" for value in setting),
+                *(each for at in by(chosen, "scale").values() for each in settling(at)),
+            ]
+            for setting, chosen in settings.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    print_tables(Path(__file__).resolve().parent / "results" / "two_dimensions")

@@ -1,13 +1,16 @@
-"""TRQAM in two dimensions: the whole method as pictures, with the truth known. Read with docs/two_dimensions.md.
+"""TRQAM in two dimensions: the whole method as pictures, with the truth known. The page to read
+with it: docs/two_dimensions.md.
 
     python examples/two_dimensions.py             # all pictures, into runs/two_dimensions
-    python examples/two_dimensions.py --seeds 8   # the same, after computing all committed numbers anew
+    python examples/two_dimensions.py --seeds 8   # the same, all numbers behind them computed anew
 
-An action has two numbers, and there is one state. The data are four Gaussians, the critic is a known function of the
-action, and the exact answer, prior * exp(Q / temperature), is a sum over cells. All else is `trqam_offline.py`: a
-policy is cloned from samples by its `bc_update` and fine-tuned by its `update`, as they are, in the first two pictures.
-The others show what benchmarks/grid.py and benchmarks/stacked.py computed, from benchmarks/results/two_dimensions.
+An action has two numbers, and there is one state. The data are four Gaussians, the critic is a
+known function, and the exact answer, prior * exp(Q / temperature), is a sum over cells. All else is
+`trqam_offline.py`: its `bc_update` and `update`, as they are, made the first picture. The others
+show what benchmarks/grid.py and benchmarks/stacked.py computed, from their committed numbers.
 """
+
+# ruff: noqa: E402 (imports need the path)
 
 import sys
 from dataclasses import dataclass
@@ -17,18 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import matplotlib
+import grid
 import torch
 import tyro
+from study_figures import BLUE, GREY, ORANGE, arrows, draw_studies, plane, plt, save, shade
 from torch import Tensor, nn
 
 import common
-import grid
 import trqam_offline as script
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from study_figures import BLUE, GREY, ORANGE, draw_studies, save
 
 MODE, STD = 0.5, 0.1  # the data: a Gaussian of this standard deviation at each (+-MODE, +-MODE)
 CENTRES = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]) * MODE
@@ -44,9 +43,10 @@ class Args:
     """folder of the pictures"""
 
 
-# ----------------------------------------------------------------------------- what is known exactly
+# --------------------------------------------------------------------------- what is known exactly
 class Prior(nn.Module):
-    """The velocity of the exact flow to the data. (A module with a weight, as an agent's networks are.)"""
+    """The velocity of the exact flow to the data. (A module with a weight, as an agent's networks
+    are.)"""
 
     def __init__(self):
         super().__init__()
@@ -79,12 +79,7 @@ def total_variation(p: Tensor, q: Tensor) -> float:
     return float((p - q).abs().sum()) / 2
 
 
-def off_support(action: Tensor) -> float:
-    """Share of the actions more than 4 standard deviations from every mode (of the data: 0.0003)."""
-    return float((torch.cdist(action, CENTRES).amin(-1) > 4 * STD).double().mean())
-
-
-# ------------------------------------------------------------------------------- a run of the script
+# ----------------------------------------------------------------------------- a run of the script
 class Reward(nn.Module):
     """The reward as a critic that needs no training."""
 
@@ -98,8 +93,15 @@ class Reward(nn.Module):
 
 def start(seed: int, **settings) -> tuple:
     """An agent of the script, its settings, and a function that draws a batch of data and noise."""
-    args = script.Args(hidden_dims=(64, 64), num_critics=1, flow_steps=10, chunk_length=1,
-                       learning_rate=2e-3, kl_budget=0.5, **settings)
+    args = script.Args(
+        hidden_dims=(64, 64),
+        num_critics=1,
+        flow_steps=10,
+        chunk_length=1,
+        learning_rate=2e-3,
+        kl_budget=0.5,
+        **settings,
+    )
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     agent, n = script.Agent(1, 2, args), args.batch_size
@@ -125,7 +127,8 @@ def clone_prior(seed: int, updates: int = 2_000, **settings) -> nn.Module:
 
 
 def run(seed: int = 0, cloned: int = 2_000, updates: int = 600, **settings) -> tuple:
-    """Cloning and fine-tuning by the script's functions -> agent, args, statistics [updates] each."""
+    """Cloning and fine-tuning by the script's functions -> agent, args, statistics [updates]
+    each."""
     agent, args, draw = start(seed, **settings)
     agent.critic, agent.target_critic = Reward(), Reward()
     agent.clone.load_state_dict(clone_prior(seed, cloned, **settings).state_dict())
@@ -136,21 +139,6 @@ def run(seed: int = 0, cloned: int = 2_000, updates: int = 600, **settings) -> t
 
 
 # ---------------------------------------------------------------------------------------- pictures
-def plane(ax, title: str, reach: float = 1.0):
-    ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), xticks=(), yticks=(), aspect=1)
-
-
-def shade(ax, mass: Tensor, cmap: str):
-    image = mass.reshape(CELLS, CELLS).T
-    ax.imshow(image, origin="lower", extent=(-1, 1, -1, 1), cmap=cmap, alpha=0.8, aspect="auto")
-
-
-def arrows(ax, x: Tensor, direction: Tensor, color: str, length: float = 0.16):
-    """Of equal length: the sizes differ by orders of magnitude."""
-    direction = length * nn.functional.normalize(direction, dim=-1)
-    ax.quiver(*x.T, *direction.T, color=color, angles="xy", scale_units="xy", scale=1, width=0.006)
-
-
 @torch.no_grad()
 def draw_one_update(agent, args, history: dict, path: Path, commit: str):
     """The method in six panels: see docs/two_dimensions.md."""
@@ -220,14 +208,16 @@ def draw_memoryless(path: Path, commit: str):
     for steps in grid.STEPS:
         s, x = torch.zeros(n, 1), torch.randn(n, 2, generator=generator)
         noise = torch.randn(steps, n, 2, generator=generator)
-        ends = (script.ode_sample(prior, s, x, steps),
-                script.memoryless_rollout(prior, prior, s, x, noise)[1])
+        ends = (
+            script.ode_sample(prior, s, x, steps),
+            script.memoryless_rollout(prior, prior, s, x, noise)[1],
+        )
         for ax, (name, correlations), end in zip(axes, found.items(), ends):
             correlations.append(float(torch.corrcoef(torch.stack([x[:, 0], end[:, 0]]))[0, 1]))
             if steps == 10:
                 ax.scatter(x[:1_500, 0], end[:1_500, 0], s=2, color=BLUE)
-                ax.set(title=f"{name}, K = 10: correlation {correlations[-1]:.2f}",
-                       xlabel="where the path begins", ylabel="where it ends", ylim=(-1.1, 1.1))
+                ax.set(xlabel="where the path begins", ylabel="where it ends", ylim=(-1.1, 1.1))
+                ax.set_title(f"{name}, K = 10: correlation {correlations[-1]:.2f}")
     for (name, correlations), color in zip(found.items(), (GREY, BLUE)):
         axes[2].semilogx(grid.STEPS, correlations, "o-", color=color, label=name)
     axes[2].set(title="Correlation over the steps", xlabel="flow steps K", ylim=(-0.1, 1))

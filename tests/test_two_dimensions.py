@@ -1,5 +1,7 @@
-"""The two-dimensional pictures: what they take as exact against closed forms, and the trained policies against
-the scripts and a brute-force dynamic programme."""
+"""The two-dimensional pictures: what they take as exact against closed forms, and the trained
+policies against the scripts and a brute-force dynamic programme."""
+
+# ruff: noqa: E402 (imports need the path)
 
 import math
 import sys
@@ -13,11 +15,12 @@ for folder in ("benchmarks", "examples"):
     sys.path.insert(0, str(ROOT / folder))
 
 import grid
-import qam_baseline
 import stacked
 import study_figures
-import trqam_offline as script
 import two_dimensions as pictures
+
+import qam_baseline
+import trqam_offline as script
 
 RESULTS = ROOT / "benchmarks" / "results" / "two_dimensions"
 
@@ -46,7 +49,8 @@ def test_tilting_a_gaussian_by_a_line_shifts_it():
 
 def test_the_planes_cells_are_the_four_gaussians():
     mean = float((pictures.PRIOR * pictures.reward(pictures.CELL).double()).sum())
-    # A Gaussian bump of width w under a Gaussian of deviation s: w^2 / (w^2 + s^2); the bumps of other modes add 0.01.
+    # A Gaussian bump of width w under a Gaussian of deviation s: w^2 / (w^2 + s^2); the bumps of
+    # other modes add 0.01.
     assert mean == pytest.approx(0.55 * 0.2**2 / (0.2**2 + 0.1**2), abs=0.02)
     prior = pictures.histogram(pictures.CELL, pictures.PRIOR)
     assert pictures.total_variation(prior, prior.flip(0)) < 1e-6  # symmetric
@@ -54,9 +58,9 @@ def test_the_planes_cells_are_the_four_gaussians():
 
 
 def test_the_optimal_shift_is_the_adjoint_after_the_step():
-    """A brute-force dynamic programme agrees with the regression on adjoint_{k+1}, up to the spacing of the shifts
-    that it tries, and not with that on adjoint_k. For this the adjoint differentiates the rollout's own mean: the
-    authors' takes the base at t_k + h."""
+    """A brute-force dynamic programme agrees with the regression on adjoint_{k+1}, up to the
+    spacing of the shifts that it tries, and not with that on adjoint_k. For this the adjoint
+    differentiates the rollout's own mean: the authors' takes the base at t_k + h."""
     problem, temperature = grid.Problem(0.5, 0.1, 5), 4.0
     growth = [grid.derivative(mean) for mean in (*problem.mean[:-1], problem.last)]
     best = problem.dynamic_programme(temperature)
@@ -74,8 +78,8 @@ def test_the_optimal_shift_is_the_adjoint_after_the_step():
 
 @pytest.mark.parametrize("after", [False, True])
 def test_the_grids_fixed_point_is_where_the_scripts_regression_rests(after):
-    """On paths of the scripts, Delta_k + g_k^2 adjoint / (2 T) has mean 0 at every step, also times x_k; and the
-    path KL is the grid's."""
+    """On paths of the scripts, Delta_k + g_k^2 adjoint / (2 T) has mean 0 at every step, also
+    times x_k; and the path KL is the grid's."""
     torch.manual_seed(0)
     problem, temperature, n = grid.Problem(0.5, 0.1, 5), 1.0, 40_000
     deltas = problem.fixed_point(temperature, after)
@@ -110,7 +114,9 @@ def one_policy(**changed):
         torch.nn.init.normal_(weight, std=0.3)
     n = args.batch_size
     zeros = torch.zeros(n)
-    batch = pictures.common.Batch(zeros[:, None], torch.zeros(n, 2), zeros, zeros, zeros[:, None], zeros)
+    batch = pictures.common.Batch(
+        zeros[:, None], torch.zeros(n, 2), zeros, zeros, zeros[:, None], zeros
+    )
     return agent, args, batch, script.draw_noise(n, 2, args, torch.Generator().manual_seed(1))
 
 
@@ -138,7 +144,8 @@ def test_one_stacked_policy_has_the_scripts_gradient(tau):
 
 
 def test_stacked_policies_do_not_touch_each_other():
-    """The first of two trains to the same weights beside either of two others, and each has its own lambda."""
+    """The first of two trains to the same weights beside either of two others, and each has its
+    own lambda."""
     first = stacked.DEFAULT | dict(budget=0.5, updates=3)
     ends = []
     for other in (dict(scale=0.1, tau=2.0), dict(scale=50.0, budget=0.1)):
@@ -152,7 +159,9 @@ def test_stacked_policies_do_not_touch_each_other():
 
 def test_the_grids_numbers_are_those_of_its_table():
     rows = study_figures.read(RESULTS / "grid.csv")
-    assert {(row["case"], row["flow_steps"]) for row in rows} == {(c, k) for c in grid.CASES for k in grid.STEPS}
+    assert {(row["case"], row["flow_steps"]) for row in rows} == {
+        (c, k) for c in grid.CASES for k in grid.STEPS
+    }
     found = grid.rows_of("four sharp modes", 5)
     for row in found:
         (kept,) = study_figures.where(rows, case=row["case"], flow_steps=5, index=row["index"])
