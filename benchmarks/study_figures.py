@@ -51,7 +51,10 @@ def read(path: Path) -> list[dict]:
             return text
 
     with path.open() as file:
-        return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: text if name == "commit" else number(text) for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def where(rows: list[dict], **wanted) -> list[dict]:
@@ -80,7 +83,8 @@ def by(rows: list[dict], name: str) -> dict[float, list[dict]]:
 
 def note(rows: list[dict]) -> str:
     seeds, commits = {row["seed"] for row in rows}, sorted({row["commit"] for row in rows})
-    return f"{len(seeds)} seeds, 95 % intervals over seeds, commit {', '.join(commits)}"
+    seeds = "seed 0" if len(seeds) == 1 else f"{len(seeds)} seeds, 95 % intervals over them"
+    return f"{seeds}, commit {', '.join(commits)}"
 
 
 def draw_steps(grid_rows: list[dict], rows: list[dict], path: Path):
@@ -150,7 +154,7 @@ def draw_steps(grid_rows: list[dict], rows: list[dict], path: Path):
         ax.set_xscale("log")
         ax.set_xticks((5, 10, 20, 50), (5, 10, 20, 50))
         ax.minorticks_off()
-    save(figure, path, f"lines: 1-D grid, no sampling; points: {note(rows)}")
+    save(figure, path, "lines: 1-D grid, no sampling" + (f"; points: {note(rows)}" if rows else ""))
 
 
 def draw_theorem(rows: list[dict], path: Path):
@@ -254,13 +258,18 @@ def draw_scale(rows: list[dict], path: Path):
                 style = dict(color=color, marker="o", ms=4, label=label_of(budget, tau))
                 curve(ax, by(where(chosen, drift=0.0), "scale"), lambda row: row[name], **style)
                 if drifting := where(chosen, drift=1.0):
-                    curve(ax, {1e3: drifting}, lambda row: row[name], **style | dict(marker="D"))
+                    curve(
+                        ax,
+                        {1e3: drifting},
+                        lambda row: row[name],
+                        **style | dict(marker="D", label=None),
+                    )
             if name == "reward_ode":
                 mean = statistics.fmean(row["prior_reward_ode"] for row in rows)
                 ax.axhline(mean, color="black", lw=0.8, ls=":")
             ax.set(
                 xscale="log",
-                title=title + (", critic wrong by the reward's size" if error else ""),
+                title="wrong critic: " * bool(error) + title,
                 ylim=limits,
             )
             ax.set_xlim(5e-3, 3e3)
@@ -269,7 +278,7 @@ def draw_scale(rows: list[dict], path: Path):
             ax.set_xlabel("reward multiplied by")
             ax.minorticks_off()
             ax.title.set_fontsize(10)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 2].legend(fontsize=8, loc="upper left")
     save(
         figure,
         path,
@@ -307,8 +316,7 @@ def draw_lambda(rows: list[dict], path: Path, commit: str):
 def draw_studies(results: Path, output: Path):
     """Of each study that has numbers."""
     grid_rows, rows = read(results / "grid.csv"), read(results / "studies.csv")
-    if chosen := where(rows, study="steps"):
-        draw_steps(grid_rows, chosen, output / "two_dimensions_steps.png")
+    draw_steps(grid_rows, where(rows, study="steps"), output / "two_dimensions_steps.png")
     if chosen := where(rows, study="theorem"):
         draw_theorem(chosen, output / "two_dimensions_theorem.png")
     if chosen := where(rows, study="lemma"):
