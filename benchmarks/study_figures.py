@@ -123,6 +123,14 @@ def draw_steps(grid_rows: list[dict], rows: list[dict], path: Path):
             ylim=(-0.4, 1.6),
         )
     axes[0].legend(fontsize=7)
+    for index, color in (("k", BLUE), ("k+1", ORANGE)):
+        chosen = where(grid_rows, case="four sharp modes", index=index)
+        steps = [row["flow_steps"] for row in chosen]
+        axes[2].plot(
+            steps, [row["tv_ode"] for row in chosen], color=color, label=f"adjoint {index}"
+        )
+    own = [row["tv_base_ode"] for row in chosen]
+    axes[2].plot(steps, own, color="black", ls=":", label="the prior's own, by K steps")
     for after, color in ((0, BLUE), (1, ORANGE)):
         for learned, marker in ((0, "o"), (1, "s")):
             chosen = where(rows, after=after, learned=learned)
