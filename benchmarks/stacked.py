@@ -211,6 +211,8 @@ def fine_tune(settings: list[dict], base: nn.Module):
     batch = common.Batch(zeros[:, None], torch.zeros(n, 2), zeros, zeros, zeros[:, None], zeros)
     history = []
     for update in range(updates):
+        rate = args.learning_rate * (1 - settings[0]["decay"] * update / updates)
+        optimizer.param_groups[0]["lr"] = rate
         agent.critic.scale.copy_(scale * 10 ** (drift * (2 * update / updates - 1)))
         noise = script.draw_noise(n, 2, args, generator)
         row = script.update(agent, optimizer, batch, noise, args, stacked_losses)
@@ -222,6 +224,7 @@ def fine_tune(settings: list[dict], base: nn.Module):
 
 # ------------------------------------------------------------------------------------- the studies
 # Of one policy. Budget 0: QAM, at inverse temperature tau. Drift: decades of scale, up and down.
+# Decay 1: the learning rate falls to 0 in a line; 0: it stays, as in the scripts.
 DEFAULT = dict(
     study="",
     name="",
@@ -239,6 +242,7 @@ DEFAULT = dict(
     kl_ema_coef=0.1,
     lam_scale=3.0,
     updates=600,
+    decay=1,
 )
 METHODS = [dict(budget=budget) for budget in (0.3, 1.0)] + [
     dict(tau=tau) for tau in (1.0, 3.0, 10.0)
@@ -263,7 +267,7 @@ STUDIES = {  # name -> what differs from DEFAULT
     ],
     "lemma": [dict(method, error=error) for method in METHODS for error in (0, 0.001, 0.1, 0.3, 1)],
     "scale": [
-        dict(method, **changed)
+        dict(method, decay=0, **changed)
         for method in METHODS
         for changed in (
             *(dict(scale=scale) for scale in (0.01, 0.1, 1.0, 10.0, 100.0)),
@@ -272,7 +276,7 @@ STUDIES = {  # name -> what differs from DEFAULT
         )
     ],
     "lambda": [
-        dict(turn, budget=0.5, scale=scale, updates=1_000)
+        dict(turn, budget=0.5, scale=scale, updates=1_000, decay=0)
         for turn in TURNS
         for scale in (0.1, 1.0, 10.0)
     ],
@@ -373,7 +377,7 @@ def train_study(study: str, seed: int, clones: list, commit: str) -> tuple[list[
 
 def write(path: Path, rows: list[dict]):
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         for row in rows:
             numbers = {name: round(v, 5) if isinstance(v, float) else v for name, v in row.items()}
