@@ -227,7 +227,6 @@ def fine_tune(settings: list[dict], base: nn.Module):
 # Decay 1: the learning rate falls to 0 in a line; 0: it stays, as in the scripts.
 DEFAULT = dict(
     study="",
-    name="",
     seed=0,
     flow_steps=10,
     learned=0,
