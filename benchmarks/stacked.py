@@ -211,8 +211,6 @@ def fine_tune(settings: list[dict], base: nn.Module):
     batch = common.Batch(zeros[:, None], torch.zeros(n, 2), zeros, zeros, zeros[:, None], zeros)
     history = []
     for update in range(updates):
-        rate = args.learning_rate * (1 - settings[0]["decay"] * update / updates)
-        optimizer.param_groups[0]["lr"] = rate
         agent.critic.scale.copy_(scale * 10 ** (drift * (2 * update / updates - 1)))
         noise = script.draw_noise(n, 2, args, generator)
         row = script.update(agent, optimizer, batch, noise, args, stacked_losses)
@@ -224,7 +222,6 @@ def fine_tune(settings: list[dict], base: nn.Module):
 
 # ------------------------------------------------------------------------------------- the studies
 # Of one policy. Budget 0: QAM, at inverse temperature tau. Drift: decades of scale, up and down.
-# Decay 1: the learning rate falls to 0 in a line; 0: it stays, as in the scripts.
 DEFAULT = dict(
     study="",
     seed=0,
@@ -241,7 +238,6 @@ DEFAULT = dict(
     kl_ema_coef=0.1,
     lam_scale=3.0,
     updates=600,
-    decay=1,
 )
 METHODS = [dict(budget=budget) for budget in (0.3, 1.0)] + [
     dict(tau=tau) for tau in (1.0, 3.0, 10.0)
@@ -266,7 +262,7 @@ STUDIES = {  # name -> what differs from DEFAULT
     ],
     "lemma": [dict(method, error=error) for method in METHODS for error in (0, 0.001, 0.1, 0.3, 1)],
     "scale": [
-        dict(method, decay=0, **changed)
+        dict(method, **changed)
         for method in METHODS
         for changed in (
             *(dict(scale=scale) for scale in (0.01, 0.1, 1.0, 10.0, 100.0)),
@@ -275,7 +271,7 @@ STUDIES = {  # name -> what differs from DEFAULT
         )
     ],
     "lambda": [
-        dict(turn, budget=0.5, scale=scale, updates=1_000, decay=0)
+        dict(turn, budget=0.5, scale=scale, updates=1_000)
         for turn in TURNS
         for scale in (0.1, 1.0, 10.0)
     ],

@@ -185,7 +185,7 @@ def draw_one_update(agent, args, history: dict, path: Path, commit: str):
     shade(five, target, "Blues")
     five.scatter(*action[:1_200].T, s=1.5, color=ORANGE)
     label = f"T = {temperature:.2f}: total variation {distance:.2f}"
-    five.text(0, -0.96, label, ha="center", fontsize=9, backgroundcolor="white")
+    five.text(0, 0, label, ha="center", va="center", fontsize=9)
 
     six.plot(history["trust_region/path_kl"], color=BLUE, lw=1)
     six.axhline(args.kl_budget, color="black", ls="--", lw=1)
