@@ -318,7 +318,7 @@ def draw_lambda(rows: list[dict], path: Path, commit: str):
     axes[0, 0].set_ylabel("path KL (budget dashed)")
     axes[1, 0].set_ylabel("λ")
     seeds = len({row["seed"] for row in rows})
-    save(figure, path, f"means over {seeds} seeds, K = 10, commit {commit}")
+    save(figure, path, f"mean over {seeds} seed{'s' * (seeds > 1)}, K = 10, commit {commit}")
 
 
 def draw_studies(results: Path, output: Path):
@@ -349,22 +349,20 @@ def cell(rows: list[dict], name: str) -> str:
 
 
 def settling(rows: list[dict]) -> tuple[str, str, str]:
-    """Of one setting's seeds, with a budget of 0.5 and windows of 50 updates: largest KL over the
-    budget; the update from which KL stays within a fifth of it, as a median (never: in more than
-    half of the seeds); last lambda."""
-    peaks, settled, ends = [], [], []
+    """Of one setting's seeds, with a budget of 0.5: largest KL, the first update at which the mean
+    KL of the last 50 is within a fifth of the budget (median), and the mean KL of the last fifth
+    of training."""
+    peaks, reached, ends = [], [], []
     for run in by(rows, "seed").values():
         kls = [row["path_kl"] for row in run]
-        smooth = [statistics.fmean(kls[max(0, i - 4) : i + 1]) for i in range(len(kls))]
-        outside = [i for i, kl in enumerate(smooth) if abs(kl - 0.5) > 0.1]
-        peaks.append(max(kls) / 0.5)
-        settled.append(
-            run[outside[-1] + 1]["update"] if outside and outside[-1] + 1 < len(run) else math.inf
-        )
-        ends.append(run[-1]["lam_now"])
-    update = statistics.median_high(settled)
-    times = "never" if math.isinf(update) else f"{update:.0f}"
-    return f"{statistics.fmean(peaks):.1f}", times, f"{statistics.fmean(ends):.3f}"
+        means = [statistics.fmean(kls[i - 4 : i + 1]) for i in range(4, len(kls))]
+        inside = (row["update"] for row, mean in zip(run[4:], means) if abs(mean - 0.5) < 0.1)
+        peaks.append(max(kls))
+        reached.append(next(inside, math.inf))
+        ends.append(statistics.fmean(kls[-len(kls) // 5 :]))
+    first = statistics.median_high(reached)
+    first = "never" if math.isinf(first) else f"{first:.0f}"
+    return f"{statistics.fmean(peaks):.2f}", first, f"{statistics.fmean(ends):.2f}"
 
 
 def print_tables(results: Path):
@@ -450,7 +448,7 @@ def print_tables(results: Path):
             *(
                 f"{what}, reward × {scale:g}"
                 for scale in (0.1, 1, 10)
-                for what in ("peak", "settled", "λ")
+                for what in ("peak", "reached", "at the end")
             ),
         ],
         [
