@@ -240,7 +240,8 @@ def test_on_a_gpu_replayed_training_is_training_on_cuda(script, settings, compil
     for launch in (lambda update: update, common.CudaGraph):
         twin, generator = copy.deepcopy(agent), torch.Generator(device).manual_seed(0)
         optimizer = twin.make_optimizer(args)
-        step = launch(functools.partial(script.update, twin, optimizer, args=args, loss_function=losses))
+        words = dict(args=args, loss_function=losses)
+        step = launch(functools.partial(script.update, twin, optimizer, **words))
         rows = []
         for _ in range(8):
             noise = script.draw_noise(16, 4, args, generator)
