@@ -1437,9 +1437,9 @@ class Run:
             rows = args.collect_episodes * (official_size(name)[1] - 1)
             require(max(args.batch_size, args.chunk_length) <= rows, "--batch-size and "
                     f"--chunk-length must be at most the {rows} transitions that are collected")
-            make_folder(Path(args.dataset_dir), "--dataset-dir")
             path = collected_path(name, args.collect_episodes, args.collect_seed, args.dataset_dir)
             if can_collect(name) and not path.exists():
+                make_folder(path.parent, "--dataset-dir")
                 self.open()  # collecting is long; what is there is checked before a folder is made
         dataset, self.data = load_dataset(
             args.env_id, chunk_length=args.chunk_length, gamma=args.gamma,

@@ -300,7 +300,7 @@ def test_lambda_settles_where_the_optimum_spends_the_budget():
         lam_scale=3.0,
         kl_budget=budget,
     )
-    agent, history = train_on_gaussian(script, args, updates=600)
+    agent, history = train_on_gaussian(script, args, updates=900)
     lam = torch.stack([row["trust_region/lambda"] for row in history[-100:]])
     kl = torch.stack([row["trust_region/path_kl"] for row in history[-100:]])
     assert lam.max() / lam.min() < 1.05  # settled
