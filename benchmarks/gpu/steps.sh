@@ -7,6 +7,7 @@ script=$(basename "$0" .sh)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 wheels=$(realpath -m "${WHEELS:-$root/runs/wheels}")
 mkdir -p "$1/work/logs" "$1/work/done" && out=$(cd "$1" && pwd) && cd "$out/work" || exit 1
+shopt -s nullglob
 work=$out/work python=${PYTHON:-python3} failed=0
 end=570  # seconds after which nothing more is begun or goes on: ten minutes, less the packing
 slack=1  # times as long as on a GPU machine a step may take
@@ -151,7 +152,6 @@ tables() {
 # What is worth taking home, into one archive at the folder's top.
 pack() {
   local run files=()
-  shopt -s nullglob
   [ ! -e prior.done ] || files+=(bc/bc_checkpoint.pt)
   for run in bc *-task?; do
     [ ! -e "$run/config.json" ] || files+=("$run"/config.json "$run"/*.csv "$run"/*.png)
