@@ -48,13 +48,17 @@ report() {
 step() {
   local name=$1 limit=$(($2 * slack)) began=$SECONDS
   [ $limit -le $((end - SECONDS)) ] || limit=$((end - SECONDS))
-  local log=$work/logs/$script-$1.log result=ok
+  local log=$work/logs/$script-$1.log result=ok id status
   shift 2
   [ ! -e "done/$script-$name" ] || { say "$name: done in an earlier call"; return; }
   [ "$limit" -ge 5 ] || { report "$name" "no time left" 0; return; }
   say "$name: begins, at most $limit s"
-  timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1 < /dev/null
-  case $? in
+  timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1 < /dev/null &
+  id=$!
+  wait $id 2> /dev/null
+  status=$?
+  kill -KILL -- -$id 2> /dev/null  # what it left behind, in its group
+  case $status in
     0) touch "done/$script-$name" ;;
     124 | 137) result="out of time" ;;
     *) result=failed ;;
