@@ -34,7 +34,7 @@ stop_and_resume() {
     --collect-episodes 2 --dataset-dir "$work/data" --bc-steps 50 --offline-steps "$steps" \
     --hidden-dims 16 16 --flow-steps 2 --eval-episodes 2 --log-interval 20 "${run[@]}" &
   pid=$!
-  until grep -qs ^offline tiny/train.csv; do sleep 0.1; kill -0 "$pid" || return; done
+  until grep -qs ^offline tiny/train.csv; do sleep 0.1; kill -0 "$pid" 2> /dev/null || return; done
   kill -TERM "$pid"
   wait "$pid"
   [ $? = 143 ] || return

@@ -2,10 +2,9 @@
 # How does it learn? TRQAM and QAM on two tasks, from one cloned policy; goes on in each call.
 source "$(dirname "$0")/steps.sh"
 
-stop=540  # seconds after which a run is asked to save and end
 interval=10000
 flags="--tf32 --compile on"
-[ -z "${TINY:-}" ] || stop=60 interval=100 flags="--compile off"
+[ -z "${TINY:-}" ] || interval=100 flags="--compile off"
 
 # train SECONDS SCRIPT TASK: goes on with a run for so long.
 train() {
@@ -55,6 +54,8 @@ together() {
 step install 60 bash -c install
 begin_prior
 wait_for_prior 400 || exit 1
+stop=540  # seconds after which a run is asked to save and end
+[ -z "${TINY:-}" ] || stop=$((SECONDS + 60))
 if [ -n "$gpu" ] && start_mps > logs/mps.log 2>&1; then
   trap 'stop_mps; pack' EXIT
   together $((stop - SECONDS)) 1 3

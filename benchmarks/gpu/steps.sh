@@ -7,6 +7,7 @@ script=$(basename "$0" .sh)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 wheels=$(realpath -m "${WHEELS:-$root/runs/wheels}")
 mkdir -p "$1/work/logs" "$1/work/done" && out=$(cd "$1" && pwd) && cd "$out/work" || exit 1
+shopt -s nullglob
 work=$out/work python=${PYTHON:-python3} failed=0
 end=570  # seconds after which nothing more is begun or goes on: ten minutes, less the packing
 slack=1  # times as long as on a GPU machine a step may take
@@ -47,13 +48,17 @@ report() {
 step() {
   local name=$1 limit=$(($2 * slack)) began=$SECONDS
   [ $limit -le $((end - SECONDS)) ] || limit=$((end - SECONDS))
-  local log=$work/logs/$script-$1.log result=ok
+  local log=$work/logs/$script-$1.log result=ok id status
   shift 2
   [ ! -e "done/$script-$name" ] || { say "$name: done in an earlier call"; return; }
   [ "$limit" -ge 5 ] || { report "$name" "no time left" 0; return; }
   say "$name: begins, at most $limit s"
-  timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1 < /dev/null
-  case $? in
+  timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1 < /dev/null &
+  id=$!
+  wait $id 2> /dev/null
+  status=$?
+  kill -KILL -- -$id 2> /dev/null  # what it left behind, in its group
+  case $status in
     0) touch "done/$script-$name" ;;
     124 | 137) result="out of time" ;;
     *) result=failed ;;
@@ -151,7 +156,6 @@ tables() {
 # What is worth taking home, into one archive at the folder's top.
 pack() {
   local run files=()
-  shopt -s nullglob
   [ ! -e prior.done ] || files+=(bc/bc_checkpoint.pt)
   for run in bc *-task?; do
     [ ! -e "$run/config.json" ] || files+=("$run"/config.json "$run"/*.csv "$run"/*.png)
