@@ -121,6 +121,23 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     assert common.cores() == 1
 
 
+def test_evaluation_takes_no_more_processes_than_memory_has_room_for(monkeypatch):
+    started = []
+
+    class Vector:
+        def __init__(self, makers, **_):
+            started.append(len(makers))
+
+    import gymnasium
+
+    monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", Vector)
+    monkeypatch.setattr(common, "cores", lambda: 64)
+    for memory in (2**29, 3 * 2**30, 2**40):
+        monkeypatch.setattr(common, "total_memory", lambda memory=memory: memory)
+        common.Evaluator(ENV, 1, episodes=50, seed=0, noise_dim=1)
+    assert started == [1, 3, 50] and common.total_memory() == 2**40
+
+
 def test_a_wait_for_another_processs_lock_is_said(tmp_path, monkeypatch, capsys):
     first = common.lock_file(tmp_path / "x.lock", wait=True)
     calls, flock = [], common.fcntl.flock
@@ -188,3 +205,18 @@ def test_files_that_are_never_read_cannot_make_a_dataset_fail(dataset, tmp_path)
 def test_devices_that_are_not_supported_are_refused_by_name(device):
     with pytest.raises(common.UserError, match=device):
         trqam_offline.Args(device=device).check()
+
+
+def test_a_script_that_git_does_not_hold_makes_the_commit_one_with_changes(tmp_path, monkeypatch):
+    """And so does a tree that differs from its commit; outside a checkout there is none."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert common.git_commit() is None
+    (tmp_path / "common.py").write_text("")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    clean = common.git_commit()
+    variant = type("", (), {"__file__": str(tmp_path / "trqam_const.py")})
+    assert len(clean) == 40 and common.git_commit(variant) == f"{clean}+changes"
+    (tmp_path / "common.py").write_text("changed")
+    assert common.git_commit() == f"{clean}+changes"
