@@ -1819,6 +1819,9 @@ def lock_file(path: Path, wait: bool):
     return file
 
 
+PRELOADED = ["common", "ogbench"]  # by the server that worker processes are forked from
+
+
 @contextlib.contextmanager
 def worker_context(method: str = "forkserver"):
     """How worker processes start: from a small server that imported this module and OGBench and
@@ -1833,7 +1836,7 @@ def worker_context(method: str = "forkserver"):
     unnamed = patch.dict(vars(sys.modules["__main__"]), __file__=None, __spec__=None)
     with patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed:
         if method == "forkserver":
-            context.set_forkserver_preload(["common", "ogbench"])
+            context.set_forkserver_preload(PRELOADED)
             multiprocessing.forkserver.ensure_running()
         yield context
 

@@ -17,6 +17,8 @@ import qam_baseline
 import trqam_offline
 import trqam_online
 
+# Hundreds of short processes are forked from one whose imports are done.
+common.PRELOADED += ["mujoco", "ogbench.locomaze.maze", "torch._dynamo", "trqam_online"]
 SCRIPTS = [trqam_offline, trqam_online, qam_baseline]
 
 
