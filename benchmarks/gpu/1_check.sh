@@ -30,9 +30,10 @@ graph() {
 stop_and_resume() {
   local steps=$1 run=(--run-dir "$work/tiny") pid
   rm -rf tiny
+  # shellcheck disable=SC2086 # flags are words
   "$python" "$root/trqam_offline.py" quick --env-id pointmaze-medium-navigate-singletask-task1-v0 \
     --collect-episodes 2 --dataset-dir "$work/data" --bc-steps 50 --offline-steps "$steps" \
-    --hidden-dims 16 16 --flow-steps 2 --eval-episodes 2 --log-interval 20 "${run[@]}" &
+    $tiny "${run[@]}" &
   pid=$!
   until grep -qs ^offline tiny/train.csv; do sleep 0.1; kill -0 "$pid" 2> /dev/null || return; done
   kill -TERM "$pid"

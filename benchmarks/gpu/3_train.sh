@@ -26,9 +26,10 @@ train() {
     0 | 124) result=ok ;;
     *) result=failed ;;
   esac
-  report "$name" $result $((SECONDS - began)) "train: $(progress "$name/train.csv" charts/SPS);\
+  grep -qs ^offline "$name/train.csv" || result="failed, it came to no update"
+  report "$name" "$result" $((SECONDS - began)) "train: $(progress "$name/train.csv" charts/SPS);\
  eval: $(progress "$name/eval.csv" success)"
-  [ $result = ok ]
+  [ "$result" = ok ]
 }
 
 # progress FILE COLUMN: stage, step and a column of a table's last row.

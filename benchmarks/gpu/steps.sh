@@ -18,18 +18,19 @@ export PYTHONPATH=$root:$work/site${PYTHONPATH:+:$PYTHONPATH} MPLCONFIGDIR=$work
 export TORCHINDUCTOR_CACHE_DIR=$work/cache/inductor TRITON_CACHE_DIR=$work/cache/triton
 export CUDA_CACHE_PATH=$work/cache/cuda
 
+tiny="--hidden-dims 16 16 --num-critics 2 --flow-steps 2 --chunk-length 20 --batch-size 32"
+tiny="$tiny --eval-episodes 1 --log-interval 20"
 if [ -n "${TINY:-}" ]; then
   export OMP_NUM_THREADS=1 slack=4
   domain=pointmaze-medium-navigate episodes=2
-  sizes="--hidden-dims 16 16 --num-critics 2 --flow-steps 2 --batch-size 32 --eval-episodes 2"
-  sizes="$sizes --bc-steps 100 --log-interval 20" updates=300
+  sizes="$tiny --bc-steps 100" updates=300
 elif [ -z "$gpu" ]; then
   echo "$0 needs an NVIDIA GPU; TINY=1 runs its steps in miniature on a CPU"
   exit 2
 else
   domain=scene-play episodes=1000 sizes='' updates=3000
 fi
-export domain episodes sizes
+export domain episodes sizes tiny
 
 say() { printf '%4d s  %s\n' "$SECONDS" "$*"; }
 
