@@ -26,7 +26,7 @@ train() {
     0 | 124) result=ok ;;
     *) result=failed ;;
   esac
-  grep -qs ^offline "$name/train.csv" || result="failed, it came to no update"
+  grep -qs ^offline "$name/train.csv" || result="failed: it came to no update"
   report "$name" "$result" $((SECONDS - began)) "train: $(progress "$name/train.csv" charts/SPS);\
  eval: $(progress "$name/eval.csv" success)"
   [ "$result" = ok ]

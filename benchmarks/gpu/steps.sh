@@ -8,7 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 wheels=$(realpath -m "${WHEELS:-$root/runs/wheels}")
 mkdir -p "$1/work/logs" "$1/work/done" && out=$(cd "$1" && pwd) && cd "$out/work" || exit 1
 shopt -s nullglob
-work=$out/work python=${PYTHON:-python3} failed=0
+work=$out/work python=${PYTHON:-python3} failed=0 running=
 end=570  # seconds after which nothing more is begun or goes on: ten minutes, less the packing
 slack=1  # times as long as on a GPU machine a step may take
 gpu=$(nvidia-smi -L 2>/dev/null | head -1)
@@ -45,20 +45,26 @@ report() {
   case $2 in ok | skipped* | "still going on") ;; *) failed=1 ;; esac
 }
 
+# What a step has left behind, in its process group.
+end_running() {
+  [ -z "$running" ] || kill -KILL -- -"$running" 2> /dev/null
+  running=
+}
+
 # step NAME SECONDS COMMAND...: runs it for at most so long, unless it succeeded in an earlier call.
 step() {
   local name=$1 limit=$(($2 * slack)) began=$SECONDS
   [ $limit -le $((end - SECONDS)) ] || limit=$((end - SECONDS))
-  local log=$work/logs/$script-$1.log result=ok id status
+  local log=$work/logs/$script-$1.log result=ok status
   shift 2
   [ ! -e "done/$script-$name" ] || { say "$name: done in an earlier call"; return; }
   [ "$limit" -ge 5 ] || { report "$name" "no time left" 0; return; }
   say "$name: begins, at most $limit s"
   timeout --kill-after=10 "$limit" "$@" > "$log" 2>&1 < /dev/null &
-  id=$!
-  wait $id 2> /dev/null
+  running=$!
+  wait $running 2> /dev/null
   status=$?
-  kill -KILL -- -$id 2> /dev/null  # what it left behind, in its group
+  end_running
   case $status in
     0) touch "done/$script-$name" ;;
     124 | 137) result="out of time" ;;
@@ -157,6 +163,7 @@ tables() {
 # What is worth taking home, into one archive at the folder's top.
 pack() {
   local run files=()
+  end_running
   [ ! -e prior.done ] || files+=(bc/bc_checkpoint.pt)
   for run in bc *-task?; do
     [ ! -e "$run/config.json" ] || files+=("$run"/config.json "$run"/*.csv "$run"/*.png)
