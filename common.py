@@ -1136,7 +1136,10 @@ def parse_args(script: str, args_class: type, settings: Callable) -> Any:
         stored = read_checkpoint(path, kind, flag)["args"]
         fields = {field.name for field in dataclasses.fields(args_class)}
         fields -= set() if args.resume else OF_A_SITTING
-        default = args_class(**{key: stored[key] for key in fields & stored.keys()})
+        kept = {key: stored[key] for key in fields & stored.keys()}
+        # What a script that starts from another's checkpoint has of its own, its preset sets.
+        own = settings(args_class(**kept)) if starts else {}
+        default = args_class(**{**own, **kept})
         return tyro.cli(args_class, default=default)
     for _ in range(2):  # the preset decides the environment, the environment its domain's settings
         args = tyro.cli(args_class, default=args_class(**{"preset": args.preset, **settings(args)}))
@@ -1383,10 +1386,10 @@ class Run:
             earlier = [*json.loads((self.path / "config.json").read_text())["sittings"]]
         packages = versions("torch", "numpy", "ogbench", "gymnasium", "mujoco")
         packages |= dict(python=platform.python_version(), platform=platform.platform())
+        if not any((self.path / name).exists() for name in CHECKPOINTS):
+            self.save()  # first of all: a run that is killed from here on can be resumed
         self.record(script=self.script, args=vars(self.args), dataset=self.data, **sitting,
                     versions=packages, sittings=[*earlier, sitting])
-        if not any((self.path / name).exists() for name in CHECKPOINTS):
-            self.save()
         for name in self.rows:
             self.write_table(name)  # which heals a damaged one, and drops rows that come again
         if self.args.track:
