@@ -720,3 +720,29 @@ def test_training_needs_no_renderer_and_filming_is_tried_first(dataset, monkeypa
     said = subprocess.run(words, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert "minutes; curve: " in said.stdout
+
+
+def test_a_run_killed_before_its_first_file_is_whole_starts_or_resumes(dataset, monkeypatch):
+    """Its checkpoint is written first: there is no moment at which neither is possible."""
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run"]
+    for method in ("save", "record"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(common.Run, method, kill_at_once)
+            start(trqam_offline, patch, *flags)
+        more = ["--resume"] if Path("run/checkpoint.pt").exists() else []
+    assert more and start(trqam_offline, monkeypatch, *flags, *more) is None
+
+
+def kill_at_once(*_, **__):
+    raise Killed
+
+
+def test_going_online_from_a_quick_checkpoint_keeps_the_presets_online_settings(monkeypatch):
+    args = vars(trqam_offline.Args(preset="quick", **trqam_offline.QUICK))
+    stored = {"args": args | dict(kl_budget=0.7, offline_steps=9)}
+    monkeypatch.setattr(common, "read_checkpoint", lambda *_: stored)
+    monkeypatch.setattr(sys, "argv", ["trqam_online.py", "--checkpoint", "x", "--utd-ratio", "2"])
+    found = common.parse_args("trqam_online", trqam_online.Args, trqam_online.settings)
+    assert (found.kl_budget, found.offline_steps, found.utd_ratio) == (0.7, 9, 2)
+    preset = [trqam_online.QUICK[name] for name in ("online_steps", "learning_starts")]
+    assert [found.online_steps, found.learning_starts] == preset and found.balanced_sampling
