@@ -518,7 +518,7 @@ def free_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError):
         memory = Path("/proc/meminfo").read_text()
         return 512 * int(re.search(r"MemAvailable:\s+(\d+) kB", memory)[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return total_memory() // 2
 
 
 PUBLISHED = {  # transitions behind published results, where those are not OGBench's own file
@@ -550,6 +550,9 @@ def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool =
         files, info = find_files(name, dataset_path, dataset_dir, collect_episodes, collect_seed)
         widths = env.observation_space.shape, env.action_space.shape, (), ()
         rows = [read_npz(path, ["terminals"])["terminals"].size for path in files]
+        if info["origin"] == "official" and can_collect(name):
+            if sum(rows) != math.prod(official_size(name)):
+                info["origin"] = "path"  # the name alone makes none official
         need, asked = 4 * sum(rows) * sum(math.prod(width) for width in widths), device
         if need > free_memory(device):
             device = torch.device("cpu")
@@ -599,9 +602,6 @@ def find_files(dataset_name: str, dataset_path: str, dataset_dir: str, collect_e
         if made["dataset"] != dataset_name:
             raise UserError(f"{files[0]} was collected as {made['dataset']}, but {dataset_name} is "
                             "needed")
-    elif origin == "official" and can_collect(dataset_name):
-        rows = read_npz(files[0], ["terminals"])["terminals"].size
-        made = dict(origin="official" if rows == math.prod(official_size(dataset_name)) else "path")
     elif origin == "collected":
         raise UserError(f"{files[0]} is no longer the file that was collected: remove it, to "
                         "collect it again")
@@ -1003,7 +1003,6 @@ def film_here(sender, env_id: str, own: bytes, chunk_length: int, episodes, fold
         sender.send("")
     except Exception as error:
         sender.send(f"{type(error).__name__}: {one_line(error)}")
-
 
 
 # --------------------------------------------------------------------------------------- run files
@@ -1558,12 +1557,17 @@ class Run:
         table.writerows(self.rows[name])
         write_atomically(self.path / name, text.getvalue().encode())
 
+    def newest(self) -> tuple[str, int]:
+        """The newest stage that has made a step, or else cloning, and its steps."""
+        stage = next((stage for stage, steps in reversed(self.done.items()) if steps), "bc")
+        return stage, self.done.get(stage, 0)
+
     def evaluate_and_save(self, policy: Callable):
         """Evaluate a policy (see `Evaluator`) for eval.csv and the learning curve; save."""
         paused = time.perf_counter()
-        stage = next((stage for stage, steps in reversed(self.done.items()) if steps), "bc")
-        scores = self.evaluate(policy, f"at step {self.done[stage]} of {stage}, ")
-        self.append("eval.csv", stage, self.done[stage], scores)
+        stage, step = self.newest()
+        scores = self.evaluate(policy, f"at step {step} of {stage}, ")
+        self.append("eval.csv", stage, step, scores)
         if self.stage:
             self.bar.set_postfix({key: f"{scores[key]:.2f}" for key in SCORES[:2] if key in scores})
         self.draw()
@@ -1593,8 +1597,8 @@ class Run:
 
     def film(self, folder: Path):
         """Film the first episodes of the last evaluation, under a name that says of which step."""
-        stage = next((stage for stage, steps in reversed(self.done.items()) if steps), "bc")
-        name, args = f"{stage}-{self.done.get(stage, 0)}-seed{self.args.seed}", self.args
+        args, (stage, step) = self.args, self.newest()
+        name = f"{stage}-{step}-seed{args.seed}"
         episodes = [(seed, np.stack(x)) for seed, x in
                     zip(self.evaluator.seeds[:3], self.evaluator.executed)]
         folder = folder / "videos"
