@@ -1339,9 +1339,10 @@ class Run:
         """Name what checkpoints hold: objects with a state_dict, or generators; where the run goes
         on from a checkpoint, return them to its state. `agent` has a `noise_dim`."""
         self.objects |= objects
-        for name in objects.keys() & self.state.keys():
-            with self.fitting(self.source, name):
-                restore_state(objects[name], self.state.pop(name))
+        for name, value in objects.items():
+            if name in self.state:
+                with self.fitting(self.source, name):
+                    restore_state(value, self.state.pop(name))
 
     def load_clone(self, clone: torch.nn.Module):
         """Take over the cloned policy of args.bc_checkpoint. Raises UserError."""
