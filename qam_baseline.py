@@ -105,27 +105,21 @@ class Args(common.RunArgs):
 
 
 WIDE = dict(hidden_dims=(1024,) * 4, actor_layer_norm=True)
-DOMAINS = {  # what differs from the defaults above; every flag on the command line wins over it
+DOMAINS = {  # what differs from the defaults above; every flag on the command line wins over it.
+    # inverse_temperature: QAM's, QAM-E's. (QAM-E's --edit-scale is 0.9 in puzzle-4x4, 0 in scene
+    # and cube-double, 0.1 in all others.)
     "scene-play": dict(sparse_reward=True),
-    "puzzle-3x3-play": dict(sparse_reward=True, inverse_temperature=3.0),
-    "puzzle-4x4-play": dict(sparse_reward=True, inverse_temperature=30.0, **WIDE),
+    "puzzle-3x3-play": dict(sparse_reward=True, inverse_temperature=(3.0, 1.0)),
+    "puzzle-4x4-play": dict(sparse_reward=True, inverse_temperature=(30.0, 0.1), **WIDE),
     "cube-double-play": dict(),
-    "cube-triple-play": dict(inverse_temperature=3.0, **WIDE),
-    "cube-quadruple-play": dict(**WIDE),
-    "antmaze-large-navigate": dict(chunk_length=1, inverse_temperature=10.0),
-    "antmaze-giant-navigate": dict(chunk_length=1, inverse_temperature=3.0, **WIDE),
+    "cube-triple-play": dict(inverse_temperature=(3.0, 3.0), **WIDE),
+    "cube-quadruple-play": dict(inverse_temperature=(1.0, 3.0), **WIDE),
+    "antmaze-large-navigate": dict(chunk_length=1, inverse_temperature=(10.0, 1.0)),
+    "antmaze-giant-navigate": dict(chunk_length=1, inverse_temperature=(3.0, 10.0), **WIDE),
     "humanoidmaze-medium-navigate": dict(
-        chunk_length=1, gamma=0.999, rho=0.0, inverse_temperature=3.0
-    ),
+        chunk_length=1, gamma=0.999, rho=0.0, inverse_temperature=(3.0, 3.0)),
     "humanoidmaze-large-navigate": dict(
-        chunk_length=1, gamma=0.999, rho=0.0, inverse_temperature=3.0
-    ),
-}
-# QAM-E's own inverse temperature, where it is not QAM's. Its edit_scale: 0.9 in puzzle-4x4, 0 in
-# scene and cube-double, 0.1 in all others.
-EDIT_TEMPERATURES = {
-    "puzzle-3x3-play": 1.0, "puzzle-4x4-play": 0.1, "cube-quadruple-play": 3.0,
-    "antmaze-large-navigate": 1.0, "antmaze-giant-navigate": 10.0,
+        chunk_length=1, gamma=0.999, rho=0.0, inverse_temperature=(3.0, 3.0)),
 }
 QUICK = dict(
     env_id="cube-single-play-singletask-task2-v0", collect_episodes=100,
@@ -138,10 +132,10 @@ QUICK = dict(
 
 def settings(args: Args) -> dict:
     """What the environment's domain and the preset set, where no flag does."""
-    domain = common.domain_of(args.env_id)
-    chosen = dict(DOMAINS.get(domain, {}))
-    if args.edit_scale and domain in EDIT_TEMPERATURES:
-        chosen |= dict(inverse_temperature=EDIT_TEMPERATURES[domain])
+    chosen = dict(DOMAINS.get(common.domain_of(args.env_id), {}))
+    if "inverse_temperature" in chosen:
+        qam, qam_e = chosen["inverse_temperature"]
+        chosen["inverse_temperature"] = qam_e if args.edit_scale else qam
     if args.preset == "quick":  # its environment's domain is looked up in a second call
         chosen |= QUICK
     return chosen

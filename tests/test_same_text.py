@@ -16,7 +16,6 @@ import trqam_online
 QAM_OWN = {
     "EditPolicy",
     "edit_loss",
-    "EDIT_TEMPERATURES",
     "Agent",
     "Noise",
     "draw_noise",
