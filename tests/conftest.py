@@ -1,4 +1,4 @@
-"""The scripts that all tests run on, a small dataset, and what the parity tests measured.
+"""The scripts that all tests run on, a small dataset, and the end of the report: parity.
 
 A variant of a script is tested by all that applies to it once it stands in `SCRIPTS`.
 """
@@ -31,7 +31,6 @@ def algorithm(script) -> dict[str, str]:
 
 # One of each algorithm: what is the same to the letter need not be trained twice.
 DISTINCT = [x for i, x in enumerate(SCRIPTS) if algorithm(x) not in map(algorithm, SCRIPTS[:i])]
-parity_maxima: dict[str, tuple[str, float]] = {}  # file, script -> (worst quantity, difference)
 
 
 def scripts_with(setting: str) -> list:
@@ -48,5 +47,6 @@ def dataset(tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for name, (quantity, difference) in parity_maxima.items():
-        terminalreporter.write_line(f"parity {name}: at most {difference:.1e} ({quantity})")
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, words in report.user_properties:
+            terminalreporter.write_line(f"{name}: {words}")

@@ -1,6 +1,5 @@
 """Whole runs of the scripts: resuming, what they write, and how they end early. On pointmaze, which
-is
-fast."""
+is fast; in long chunks, so that evaluating takes few steps of the policy."""
 
 import contextlib
 import csv
@@ -35,11 +34,12 @@ ENV = "pointmaze-medium-navigate-singletask-task1-v0"
 ANTMAZE = "antmaze-large-navigate-singletask-task1-v0"
 TINY = (
     f"--env-id {ENV} --hidden-dims 16 16 --num-critics 2 --flow-steps 3 --batch-size 8 "
-    "--chunk-length 4 --bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 "
+    "--chunk-length 20 --bc-steps 12 --offline-steps 18 --eval-interval 9 --eval-episodes 2 "
     "--log-interval 3 --checkpoint-interval 5 --num-threads 1 --device cpu"
 ).split()
 ONLINE = (
-    "--online-steps 31 --learning-starts 10 --balanced-sampling --best-of-n 2 --eval-interval 20"
+    "--online-steps 31 --learning-starts 10 --balanced-sampling --best-of-n 2 --eval-interval 20 "
+    "--chunk-length 4"
 ).split()
 OF_ITS_OWN = {"kl_budget_online": ["--kl-budget-online", 0.3], "edit_scale": ["--edit-scale", 0.3]}
 DRAW = common.Run.draw
@@ -265,8 +265,8 @@ def wait_for(process, holds):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, monkeypatch):
-    flags = [*tiny(script), "--dataset-path", dataset, "--bc-steps", 60, "--offline-steps", 400]
-    flags += ["--eval-interval", 300]
+    flags = [*tiny(script), "--dataset-path", dataset, "--bc-steps", 60, "--offline-steps", 120]
+    flags += "--eval-interval 300 --checkpoint-interval 20 --log-interval 20".split()
     command = [sys.executable, script.__file__, *map(str, flags), "--run-dir", "killed"]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with subprocess.Popen(command, **quiet) as process:
@@ -467,7 +467,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path):
 
 def saved_clone(folder, **args):
     """A bc_checkpoint.pt for TINY, or for other settings."""
-    args = trqam_offline.Args(**{"env_id": ENV, "hidden_dims": (16, 16), "chunk_length": 4} | args)
+    args = trqam_offline.Args(**{"env_id": ENV, "hidden_dims": (16, 16), "chunk_length": 20} | args)
     clone = trqam_offline.Agent(2, 2 * args.chunk_length, args).clone.state_dict()
     domain = common.domain_of(args.env_id)
     content = dict(kind="bc", domain=domain, args=vars(args), data=None, state=clone)
