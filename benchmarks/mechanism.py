@@ -14,16 +14,13 @@ critic error: the critic that steers the policy is Q + e f, with f a fixed rando
     in each number of the action and 5 in each of the observation; seeded by the run's seed). So e
     is the root mean square of the critic's error, and of each number of its action gradient's
     error. What the critic itself learns is untouched: the error is in (E7) alone.
-external penalty: QAM's loss plus b KL, KL the path KL (E11) of the batch, with b >= 0 moved by the
-    dual descent that moves TRQAM's lambda, at its own rate: b <- b + 5 (D - budget). At the
-    regression's optimum it divides QAM's inverse temperature by 1 + b h / (2 c).
+external penalty: as in variant_qam.py.
 """
 
 import concurrent.futures
 import csv
 import importlib
 import json
-import math
 import multiprocessing
 import os
 import sys
@@ -38,10 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import tyro
+import variant_qam
 from torch import Tensor, nn
 
 import common
-import trqam_offline
 
 PRESET_BUDGET, PRESET_TEMPERATURE, EDIT_SCALE = 0.2, 1.0, 0.1  # of the plain comparison
 BUDGETS = (0.1, 0.5, 1.5)
@@ -118,33 +115,12 @@ class CriticError:
 
 @dataclass
 class ExternalPenalty:
-    """Adds an adaptive KL penalty to the loss; its state is in the agent, and so in checkpoints."""
+    """Adds an adaptive KL penalty to QAM's loss: see variant_qam.py."""
 
     budget: float
-    rate: float = 5.0
 
     def __call__(self, script: Any, seed: int):
-        loss, update = script.adjoint_matching_loss, script.update
-
-        class Agent(script.Agent):
-            def __init__(self, observation_dim: int, chunk_dim: int, args: Any):
-                super().__init__(observation_dim, chunk_dim, args)
-                self.register_buffer("penalty", torch.tensor(0.0))  # b
-                self.register_buffer("kl_ema", torch.tensor(0.0))  # D
-                kl = lambda delta: script.path_kl(delta, args.chunk_length)
-                script.adjoint_matching_loss = lambda delta, *words: (
-                    loss(delta, *words) + self.penalty * kl(delta))
-
-        def penalised_update(agent, *words, **settings):
-            statistics = update(agent, *words, **settings)
-            b, average, kl = agent.penalty, agent.kl_ema, statistics["trust_region/path_kl"]
-            with torch.no_grad():
-                trqam_offline.dual_descent(b, average, kl, self.budget, self.rate, lambda_min=0,
-                                           lambda_max=math.inf)
-            return statistics | {"trust_region/path_kl_ema": agent.kl_ema.clone(),
-                                 "trust_region/penalty": agent.penalty.clone()}
-
-        script.Agent, script.update = Agent, penalised_update
+        variant_qam.penalise(self.budget)
 
 
 def settings() -> list[Setting]:

@@ -14,6 +14,7 @@ import torch
 
 import common
 import qam_baseline
+import trqam_offline
 import trqam_online
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -22,10 +23,13 @@ import kill_resume
 import mechanism
 import online
 import soak
+import variant_qam
+import variant_trqam
 
 B, S, A = 64, 3, 2
 ARGS = qam_baseline.Args(hidden_dims=(16, 16), num_critics=2, flow_steps=4, chunk_length=1)
 PENALISED = dataclasses.replace(ARGS, inverse_temperature=20.0, learning_rate=1e-2)
+POINTMAZE = "pointmaze-medium-navigate-singletask-task1-v0"
 TASK = "cube-double-play-singletask-task1-v0"
 
 
@@ -85,13 +89,34 @@ def test_a_changed_update_can_be_compiled(script, change):
 
 def test_the_external_penalty_holds_the_kl_at_its_budget(script):
     mean = lambda key: np.mean([float(row[f"trust_region/{key}"]) for row in rows[-100:]])
-    _, rows = train(600, PENALISED)
+    _, rows = train(300, PENALISED)
     assert mean("path_kl") > 0.5  # far over that budget, without the penalty
     mechanism.ExternalPenalty(budget=0.2)(script, seed=0)
     agent, rows = train(600, PENALISED)
     assert rows[0]["trust_region/penalty"] == 0  # the KL starts below its budget
     assert mean("penalty") > 1 and 0.15 < mean("path_kl") < 0.25
     assert agent.state_dict()["penalty"] == rows[-1]["trust_region/penalty"]  # in checkpoints
+
+
+def test_a_variants_settings_reach_the_algorithm(script, dataset, monkeypatch):
+    called = []
+    for changed in (variant_trqam, variant_qam):
+        monkeypatch.setattr(common, "load_dataset", common.load_dataset)
+        monkeypatch.setattr(trqam_offline, "lean_adjoint", trqam_offline.lean_adjoint)
+        monkeypatch.setattr(changed.script, "main", called.append)
+        load, where = common.load_dataset, dict(chunk_length=1, gamma=1, dataset_path=str(dataset))
+        own = dict(reward_scale=10.0)
+        own |= {"adjoint_after_step": True} if changed is variant_trqam else {"penalty_budget": 1.0}
+        changed.main(args := changed.Args(**own))
+        assert called[-1] is args
+        rewards = common.load_dataset(POINTMAZE, **where)[0].rewards
+        assert torch.equal(rewards, 10 * load(POINTMAZE, **where)[0].rewards)
+    xs, terminal = torch.randn(4, B, A), torch.randn(B, A)
+    base = lambda s, x, t: t * x**2
+    adjoints = trqam_offline.lean_adjoint(base, None, xs, terminal)
+    assert torch.equal(adjoints[:-1], qam_baseline.lean_adjoint(base, None, xs, terminal)[1:])
+    assert torch.equal(adjoints[-1], terminal)
+    assert hasattr(script.Agent(S, A, ARGS), "penalty")
 
 
 def write_run(folder, script, seed, curve, train=({},), sha256="0" * 64, commits=("abc",), **args):
