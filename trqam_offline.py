@@ -519,6 +519,9 @@ def main(args: Args):
             run.evaluate_and_save(policy)  # the clone's score
         for _ in run.steps("offline", args.offline_steps):
             run.after(fast_update(*draw()), policy)
+        if agent.lam in (args.lambda_min, args.lambda_max):
+            print(f"note: lambda ended at {agent.lam:.3g}, an end of its range: it cannot keep the "
+                  "KL at its budget; docs/algorithm.md, at (E12), says what to turn")
         run.finish(policy)
 
 
