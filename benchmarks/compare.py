@@ -1,4 +1,5 @@
-"""Success over training steps of any runs, with 95 % intervals, beside the task's published curve.
+"""Success (return, where a task tells none) over training steps of any runs, with 95 % intervals,
+beside the task's published curve.
 
     python benchmarks/compare.py runs/a runs/b ... --output comparison.png
 
@@ -31,8 +32,8 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 
 NAMES = dict.fromkeys(("trqam_offline", "trqam_online"), "TRQAM, budget {kl_budget:g}")
 NAMES["qam_baseline"] = "QAM, τ = {inverse_temperature:g}"
 MAY_DIFFER = common.OF_A_SITTING | set(  # in one curve; the data is known by its sha256
-    "env_id seed collect_episodes collect_seed bc_checkpoint eval_interval log_interval "
-    "checkpoint_interval offline_steps online_steps".split()
+    "env_id seed dataset_path dataset_dir collect_episodes collect_seed bc_checkpoint "
+    "eval_interval log_interval checkpoint_interval offline_steps online_steps".split()
 )
 
 
@@ -45,35 +46,42 @@ class Args:
 
 
 def read_run(folder: Path) -> dict:
-    """A run by its files. curve: fine-tuning step (0: cloned) -> success, its standard error."""
+    """A run by its files. curve: fine-tuning step (0: cloned) -> success or return, its standard
+    error; empty before the first evaluation. steps: of fine-tuning, that its settings ask for."""
     try:
         config = json.loads((folder / "config.json").read_text())
         rows = [*csv.DictReader((folder / "eval.csv").read_text().splitlines())]
-        args, data, script = config["args"], config["dataset"], config["script"]
+        args, script = config["args"], config["script"]
+        data = config["dataset"] or dict(origin="not there yet", sha256="")
         offline, online = args.get("offline_steps", 0), args.get("online_steps", 0)
         method = NAMES.get(script, script).format(**args)
         if script in NAMES and args.get("edit_scale"):
             method = f"QAM-E, edit {args['edit_scale']:g}{method[3:]}"
         method += (", then online" if offline else ", online") if online else ""
+        if script in NAMES and not offline + online:
+            method = "behaviour cloning"
         # A run older than a switch had it off.
         settings = {key: x for key, x in args.items() if key not in MAY_DIFFER and x is not False}
         settings |= dict(script=script, data=data["sha256"][:12])
         settings |= dict(offline_steps=offline) if online else {}  # before the online ones
         place, curve = dict(bc=lambda step: 0, offline=int, online=lambda x: offline + int(x)), {}
+        measure = "success" if not rows or "success" in rows[0] else "return"
         for row in rows:
-            scores = float(row["success"]), float(row.get("success_stderr") or "nan")
+            scores = float(row[measure]), float(row.get(f"{measure}_stderr") or "nan")
             curve[place[row["stage"]](row["step"])] = scores
-        commits = [x.get("git_commit") or "unknown" for x in config.get("sittings", [config])]
+        sittings = [config | sitting for sitting in config.get("sittings", [config])]
+        commits = [x.get("git_commit") or "unknown" for x in sittings]
         commits = [x[:7] + "+changes" * x.endswith("+changes") for x in commits]
-        found = dict(task=args["env_id"], seed=args["seed"], method=method, commits=commits)
-        found |= dict(settings=settings, curve=curve)
+        found = dict(folder=folder, task=args["env_id"], seed=args["seed"], method=method)
+        found |= dict(settings=settings, curve=curve, measure=measure, steps=offline + online)
+        hardware = [x["hardware"].get("gpu") or x["hardware"]["cpu"] for x in sittings]
+        found |= dict(commits=commits, hardware=hardware, episodes=args.get("eval_episodes"))
         found |= dict(data=f"{data['origin']}, sha256 {data['sha256'][:12]}")
+        found |= dict(clone="loaded" if args.get("bc_checkpoint") else "own")
     except OSError as error:
         sys.exit(f"error: {folder} is no run: {error.filename} cannot be read ({error.strerror})")
     except (ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: {folder}: config.json or eval.csv is damaged ({error!r})")
-    if not curve:
-        sys.exit(f"error: {folder} has no evaluation yet; train on, or leave it out")
     return found
 
 
@@ -82,8 +90,10 @@ def curves_of(runs: list[dict]) -> dict[str, list[dict]]:
     curves, labelled = {}, {}
     for run in runs:
         mine = curves.setdefault(repr((run["method"], sorted(run["settings"].items()))), [])
-        if run["seed"] in [other["seed"] for other in mine]:
-            sys.exit(f"error: a second run of {run['method']}, seed {run['seed']}, {run['task']}")
+        for other in mine:
+            if other["seed"] == run["seed"]:
+                where = f"{run['task']}: {other['folder']} and {run['folder']}"
+                sys.exit(f"error: a second run of {run['method']}, seed {run['seed']}, {where}")
         mine.append(run)
     for mine in curves.values():
         label, settings = mine[0]["method"], mine[0]["settings"]
@@ -95,44 +105,70 @@ def curves_of(runs: list[dict]) -> dict[str, list[dict]]:
     return dict(sorted(labelled.items()))
 
 
+def published(task: str) -> list[dict]:
+    """The task's published curves: method, seeds, source, and arrays of steps, mean success and
+    half of its interval."""
+    rows = [*csv.DictReader(Path(__file__).with_name("published.csv").read_text().splitlines())]
+    curves = []
+    for method in sorted({row["method"] for row in rows if row["env_id"] == task}):
+        mine = [row for row in rows if (row["env_id"], row["method"]) == (task, method)]
+        columns = "step", "success_mean", "success_std", "seeds"
+        steps, mean, std, n = (np.array([float(row[key]) for row in mine]) for key in columns)
+        half = T95[int(n[0]) - 2] * std / np.sqrt(n)
+        curve = dict(method=method, seeds=int(n[0]), source=mine[0]["source"])
+        curves.append(curve | dict(steps=steps, mean=mean, half=half))
+    return curves
+
+
+def draw(axis, runs: list[dict], curves: list[tuple]):
+    """A task's curves: (label, steps, mean, lower and upper end) of each; and the published ones,
+    dashed."""
+    drawn, task = [(*curve, dict(marker="o", ms=3)) for curve in curves], runs[0]["task"]
+    for x in published(task):
+        label = f"{x['method']}, published ({x['seeds']} seeds, official data)"
+        ends = x["mean"] - x["half"], x["mean"] + x["half"]
+        drawn.append((label, x["steps"], x["mean"], *ends, dict(ls="--", lw=1)))
+    for number, (label, steps, mean, low, high, style) in enumerate(drawn):
+        axis.plot(steps, mean, color=f"C{number}", label=label, **style)
+        axis.fill_between(steps, low, high, color=f"C{number}", alpha=0.15, lw=0)
+    data = sorted({run["data"] for run in runs})
+    axis.set_title(f"{task}\ndata: {'; '.join(data)}", fontsize=9)
+    axis.set(xlabel="fine-tuning steps", ylabel=runs[0]["measure"])
+    axis.set(**dict(ylim=(-0.03, 1.03)) if runs[0]["measure"] == "success" else {})
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+
+
+def common_curve(runs: list[dict]) -> tuple[list[int], np.ndarray]:
+    """The steps at which all runs were evaluated, and their scores and standard errors there
+    [seeds, steps, 2]."""
+    steps = sorted(set.intersection(*(set(run["curve"]) for run in runs)))
+    if not steps:
+        where = " and ".join(str(run["folder"]) for run in runs)
+        sys.exit(f"error: no evaluation at the same step: {where}")
+    return steps, np.array([[run["curve"][step] for step in steps] for run in runs])
+
+
 def main(args: Args):
     runs = [read_run(folder) for folder in args.runs or sys.exit("error: name a run's folder")]
+    for run in runs:
+        if not run["curve"]:
+            sys.exit(f"error: {run['folder']} has no evaluation yet; train on, or leave it out")
     tasks = dict.fromkeys(run["task"] for run in runs)
-    published = Path(__file__).with_name("published.csv").read_text().splitlines()
-    published = [*csv.DictReader(published)]
     figure = Figure(figsize=(7 * len(tasks), 4.5), layout="constrained")
-    print("| task | method | seeds | steps | success, 95 % interval | commits |\n|" + "---|" * 6)
+    print("| task | method | seeds | steps | score, 95 % interval | commits |\n|" + "---|" * 6)
     for axis, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        drawn = []  # label, style, steps, mean and half width of the interval, of each curve
-        curves = curves_of([run for run in runs if run["task"] == task])
-        for label, mine in curves.items():
-            steps = sorted(set.intersection(*(set(run["curve"]) for run in mine)))
-            if not steps:
-                sys.exit(f"error: {label} on {task}: its runs have no evaluation at the same step")
-            values = np.array([[run["curve"][step] for step in steps] for run in mine])
-            success, n = values[..., 0], len(mine)  # [seeds, steps]
-            t = (1.96, *T95, *[1.96] * n)[n - 1]
+        drawn, here = [], [run for run in runs if run["task"] == task]
+        for label, mine in curves_of(here).items():
+            (steps, values), n = common_curve(mine), len(mine)
+            success, t = values[..., 0], (1.96, *T95, *[1.96] * n)[n - 1]
             error = values[0, :, 1] if n == 1 else success.std(0, ddof=1) / np.sqrt(n)
-            mean, half, style = success.mean(0), t * error, dict(marker="o", ms=3)
-            drawn.append((f"{label} ({n} seeds)", style, steps, mean, half))
+            mean, half = success.mean(0), t * error
+            drawn.append((f"{label} ({n} seeds)", steps, mean, mean - half, mean + half))
             commits = ", ".join(dict.fromkeys(x for run in mine for x in run["commits"]))
             end = f"{steps[-1]:,} | {mean[-1]:.2f} ± {half[-1]:.2f} | {commits}"
             print(f"| {task} | {label} | {n} | {end} |")
-        for method in sorted({row["method"] for row in published if row["env_id"] == task}):
-            rows = [row for row in published if (row["env_id"], row["method"]) == (task, method)]
-            columns = "step", "success_mean", "success_std", "seeds"
-            steps, mean, std, n = (np.array([float(row[key]) for row in rows]) for key in columns)
-            label = f"{method}, published ({n[0]:.0f} seeds, official data)"
-            half = T95[int(n[0]) - 2] * std / np.sqrt(n)
-            drawn.append((label, dict(ls="--", lw=1), steps, mean, half))
-        for number, (label, style, steps, mean, half) in enumerate(drawn):
-            axis.plot(steps, mean, color=f"C{number}", label=label, **style)
-            axis.fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.15, lw=0)
-        data = sorted({run["data"] for mine in curves.values() for run in mine})
-        axis.set_title(f"{task}\ndata: {'; '.join(data)}", fontsize=9)
-        axis.set(xlabel="fine-tuning steps", ylabel="success", ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        draw(axis, here, drawn)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
     print(f"\n{args.output}")
