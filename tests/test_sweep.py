@@ -29,7 +29,7 @@ import trqam_offline
 DOMAIN = common.domain_of(ENV)
 PRIOR, TRQAM, QAM = f"{DOMAIN}/prior/seed0", f"{ENV}/trqam/seed0", f"{ENV}/qam/seed0"
 OTHERS, BAD = f"{ENV}/others/seed0", f"{ENV}/bad/seed0"
-FLAGS = [*TINY, *"--bc-steps 150 --offline-steps 120 --eval-interval 60 --eval-episodes 1".split()]
+FLAGS = [*TINY, *"--bc-steps 120 --offline-steps 120 --eval-interval 120 --eval-episodes 1".split()]
 PATIENCE = 300  # seconds for what takes a few, on a machine that does much else
 
 
@@ -38,7 +38,7 @@ def wait_for(what, driver=None):
     end = time.monotonic() + PATIENCE
     while not (found := what()):
         assert time.monotonic() < end and (not driver or driver.poll() is None)
-        time.sleep(0.02)
+        time.sleep(0.05)
     return found
 
 
@@ -106,20 +106,20 @@ def test_driver_worker_and_node_die_and_runs_end_as_if_left_alone(
     more = ["others=trqam_offline.py", "bad=trqam_offline.py --lambda-min 5 --lambda-max 1"]
 
     driver = begin(cluster, flags, root, *more)
-    process = halt(root / PRIOR, "bc", 50, driver)
+    process = halt(root / PRIOR, "bc", 30, driver)
     driver.send_signal(signal.SIGTERM)
     wait_for(lambda: "stopping: " in out.read_text(), driver)
     os.kill(process, signal.SIGCONT)
     driver.wait(PATIENCE)
     assert "stopped; the same command goes on" in out.read_text()
     stopped_at = torch.load(root / PRIOR / "checkpoint.pt", weights_only=True)["done"]["bc"]
-    assert 50 <= stopped_at < 150 and not of_process(process, "State")
+    assert 30 <= stopped_at < 120 and not of_process(process, "State")
 
     driver = begin(cluster, flags, root, *more)
-    process = halt(root / TRQAM, "offline", 40, driver)
+    process = halt(root / TRQAM, "offline", 30, driver)
     os.kill(int(of_process(process, "PPid")), signal.SIGKILL)  # its worker
     wait_for(lambda: of_process(process, "State") in ("", "Z"))  # takes it along
-    process = halt(root / QAM, "offline", 40, driver)
+    process = halt(root / QAM, "offline", 30, driver)
     raylet = int(of_process(of_process(process, "PPid"), "PPid"))
     [node] = [node for node in cluster.workers
               if node.all_processes["raylet"][0].process.pid == raylet]
@@ -131,7 +131,7 @@ def test_driver_worker_and_node_die_and_runs_end_as_if_left_alone(
     assert f"failed: {OTHERS}: it was made with --kl-budget 9.0, not 1.0" in said
     assert f"failed: {BAD}: error: --lambda-min is above --lambda-max" in said
     assert f"{TRQAM}: finished" in said and f"{QAM}: finished" in said
-    assert f"{TRQAM}: offline 60: success" in said
+    assert f"{TRQAM}: offline 120: success" in said
 
     own = flags, "--env-id", ENV, "--seed", 0
     clone = ["--bc-checkpoint", root / PRIOR / "bc_checkpoint.pt"]
