@@ -254,7 +254,7 @@ def plan(args: Args, left: list[Run]) -> str:
     if not args.updates_per_second:
         lines.append(f"{rate:g} is an example: give --updates-per-second what "
                      "benchmarks/gpu/2_speed.sh measures")
-    if args.paper:
+    if args.paper and updates.keys() <= CPU_RATES.keys():
         hours = sum(n / CPU_RATES[width] for width, n in updates.items()) / 3600
         lines.append(f"measured are CPUs alone (docs/speed.md): {hours:,.0f} hours of two cores")
     return "\n".join([*lines, f"disk: {disk:,.1f} GB, with two checkpoints of each run"])
