@@ -30,12 +30,12 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
 import time
 import typing
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -77,7 +77,19 @@ def require_finite(name: str, numbers: Any):
 
 def one_line(error: BaseException) -> str:
     """What an error says, or else its type, to stand within our own one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = getattr(error, "strerror", None) or error
+    return " ".join(str(said).split())[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def telling(what: str, way: str, kinds: type | tuple[type, ...] = Exception):
+    """Errors of these kinds become a UserError: what failed, why, and the way out."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{what} ({one_line(error)}); {way}") from error
 
 
 # ------------------------------------------------------------------------------------ environments
@@ -450,13 +462,10 @@ def check_arrays(arrays: dict[str, torch.Tensor]):
 
 def read_npz(path: Path, keys) -> dict[str, np.ndarray]:
     """Arrays of an .npz file; nothing in it is executed. Raises UserError where it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file]
-            data = {key: file[key] for key in keys if key in file}
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise UserError(f"{path} cannot be read as .npz, and may be damaged or cut short: fetch or "
-                        f"collect it again ({one_line(error)})") from error
+    with telling(f"{path} cannot be read as .npz, and may be damaged or cut short",
+                 "fetch or collect it again"), np.load(path, allow_pickle=False) as file:
+        missing = [key for key in keys if key not in file]
+        data = {key: file[key] for key in keys if key in file}
     require(not missing, f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
     return data
 
@@ -553,10 +562,8 @@ def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool =
             for key, part in zip(arrays, parts):
                 part.copy_(torch.from_numpy(data[key]))
         make = ChunkDataset
-    try:
+    with telling(f"the data of {env_id} cannot be used", "mend it", (TypeError, ValueError)):
         dataset = make(**arrays, **settings, device=device)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the data of {env_id}: {error}") from error
     info |= dict(transitions=dataset.size, episodes=dataset.episodes)
     info |= dict(published_transitions=PUBLISHED.get(domain_of(env_id), 0))
     return dataset, info | dict(success_fraction=float((dataset.masks == 0).float().mean()))
@@ -594,21 +601,16 @@ def official_file(dataset_name: str, dataset_dir: str) -> Path:
     if path.exists():
         return path
     make_folder(path.parent, "--dataset-dir")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as work:
-            ogbench.download_datasets([dataset_name], work)
-            read_npz(Path(work, path.name), ["observations", "actions", "terminals"])
-            os.replace(Path(work, path.name), path)
-    except Exception as error:
-        way = f"put a mirror's or another machine's copy at {path}, or name it with --dataset-path"
-        if can_collect(dataset_name):
-            way += f"; or collect data: --collect-episodes {official_size(dataset_name)[0]}"
-        raise UserError(f"the official {path.name} could not be downloaded ({one_line(error)}): no "
-                        f"whole file came; {way}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    way = f"put a mirror's or another machine's copy at {path}, or name it with --dataset-path"
+    if can_collect(dataset_name):
+        way += f"; or collect data: --collect-episodes {official_size(dataset_name)[0]}"
+    in_time = functools.partial(urllib.request.urlopen, timeout=30)  # OGBench's waits for ever
+    with (telling(f"the official {path.name} could not be downloaded whole", way),
+          tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as work,
+          patch.object(urllib.request, "urlopen", in_time)):
+        ogbench.download_datasets([dataset_name], work)
+        read_npz(Path(work, path.name), ["observations", "actions", "terminals"])
+        os.replace(Path(work, path.name), path)
     return path
 
 
@@ -623,10 +625,11 @@ def collection_of(path: Path) -> dict[str, Any]:
 
 def describe_dataset(info: dict[str, Any]) -> str:
     """A dataset's origin in one line, for a plot or the terminal."""
-    collected = f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not the "
     origin = dict(
         official="official OGBench file", own="a task of one's own",
-        collected=collected + "official file", path=f"file {', '.join(info['files'][:1])}")
+        path=f"file {', '.join(info['files'][:1])}",
+        collected=f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not "
+                  "the official file")
     size = f"{info['transitions']:,} transitions, sha256 {info['sha256'][:12]}"
     if info["transitions"] < 0.99 * info.get("published_transitions", 0):
         size += f" (published results of the domain: {info['published_transitions']:,})"
@@ -666,16 +669,15 @@ def collection_env(dataset_name: str):
 
 def play_oracles(env, dataset_name: str) -> dict[str, Any]:
     """Sub-task -> OGBench's scripted oracle for it."""
-    from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
-    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
-    from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
-    from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
+    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
     settings = dict(env=env, noise=0.1, noise_smoothing=0.5)
     if dataset_name.startswith("puzzle"):
-        return {"button": ButtonPlanOracle(gripper_always_closed=True, **settings)}
-    oracles = CubePlanOracle, ButtonPlanOracle, DrawerPlanOracle, WindowPlanOracle
-    return dict(zip(("cube", "button", "drawer", "window"), (kind(**settings) for kind in oracles)))
+        return {"button": button_plan.ButtonPlanOracle(gripper_always_closed=True, **settings)}
+    return {"cube": cube_plan.CubePlanOracle(**settings),
+            "button": button_plan.ButtonPlanOracle(**settings),
+            "drawer": drawer_plan.DrawerPlanOracle(**settings),
+            "window": window_plan.WindowPlanOracle(**settings)}
 
 
 def play_actions(env, dataset_name: str, seed: int):
@@ -768,9 +770,9 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     where no oracle exists or nothing can be written.
     """
     path = collected_path(dataset_name, episodes, seed, dataset_dir)
-    if not can_collect(dataset_name):
-        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, "
-                        f"and {dataset_name}.npz of OGBench's host or a mirror, by --dataset-path")
+    require(can_collect(dataset_name),
+            f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, and "
+            f"{dataset_name}.npz of OGBench's host or a mirror, by --dataset-path")
     make_folder(path.parent, "--dataset-dir")
     partial = path.with_suffix(".partial")
     with lock_file(path.with_suffix(".lock"), wait=True):  # a second run that wants it waits here
@@ -779,28 +781,26 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
         require(partial.exists() or not path.exists(),
                 f"{path} is not what a finished collection wrote: move it away")
         partial.mkdir(exist_ok=True)
-        jobs = [("train", i) for i in range(episodes)]
-        jobs += [("val", i) for i in range(max(1, episodes // 10))]
-        files = {job: partial / f"{job[0]}-{job[1]:05d}.npz" for job in jobs}
+        counts = {"train": episodes, "val": max(1, episodes // 10)}
+        jobs = [(split, i) for split, count in counts.items() for i in range(count)]
+        files = {(split, i): partial / f"{split}-{i:05d}.npz" for split, i in jobs}
         missing = [(*job, file) for job, file in files.items() if not file.exists()]
-        steps, workers = official_size(dataset_name)[1], workers or cores()
+        steps = official_size(dataset_name)[1]
         bar = tqdm(total=len(jobs) * steps, initial=(len(jobs) - len(missing)) * steps, unit="step",
                    unit_scale=True, desc=f"collecting {dataset_name}", **PROGRESS)
         collect = functools.partial(write_episode, dataset_name, seed)
         with worker_context() as context:
-            pool = ProcessPoolExecutor(workers, context, initializer=follow_the_parent)
+            pool = ProcessPoolExecutor(workers or cores(), context, initializer=follow_the_parent)
             episodes_made = pool.map(collect, *zip(*missing))
         with bar, pool, contextlib.closing(episodes_made):  # which calls off those that wait
             for _ in episodes_made:
                 bar.update(steps)
         for split, target in (("val", path.with_name(f"{path.stem}-val.npz")), ("train", path)):
-            parts = [dict(np.load(files[job])) for job in jobs if job[0] == split]
+            parts = [dict(np.load(files[split, i])) for i in range(counts[split])]
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             write_atomically(target, functools.partial(np.savez, **arrays))
-        origin = dict(
-            origin="collected", dataset=dataset_name, episodes=episodes, collect_seed=seed,
-            sha256=file_hash(path), recipe="OGBench scripted oracle",
-            **versions("ogbench", "mujoco"))
+        origin = dict(origin="collected", dataset=dataset_name, episodes=episodes,
+                      collect_seed=seed, sha256=file_hash(path), **versions("ogbench", "mujoco"))
         write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=1).encode())
         shutil.rmtree(partial)
     return path
@@ -1040,13 +1040,10 @@ class RunArgs:
             path = getattr(self, name)
             if not path or name == "dataset_dir" and self.dataset_path:
                 continue  # it is not used
-            try:
+            with telling(f"{flag_of(name)} {path[:200]!a}", "write another path"):
                 path.encode()
                 absolute = Path(path).expanduser().absolute()
                 absolute.exists()  # which raises for a path that cannot be
-            except (RuntimeError, ValueError, OSError) as error:
-                raise UserError(f"{flag_of(name)} {path[:200]!a}: {one_line(error)}; write another "
-                                "path") from error
             setattr(self, name, str(absolute))
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
@@ -1139,8 +1136,8 @@ def read_checkpoint(path: Path, kind: str, flag: str) -> dict[str, Any]:
     """A checkpoint as plain data and finite tensors on the CPU; nothing in it is executed. `kind`:
     the script that must have written it, or "bc". Raises UserError, naming `flag`, where it cannot
     be read or is another one, and says so where the one before it is whole."""
-    if not path.is_file():
-        raise UserError(f"{flag}: {path} {'is no file' if path.exists() else 'does not exist'}")
+    require(path.exists(), f"{flag}: {path} does not exist")
+    require(path.is_file(), f"{flag}: {path} is no file")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch reads a flipped bit as a number
@@ -1170,8 +1167,8 @@ def load_tensors(file: Any) -> dict[str, Any]:
             nested += value.items()
         elif isinstance(value, torch.Tensor):
             plain = value.layout == torch.strided
-            if not plain or value.untyped_storage().nbytes() < value.nbytes:
-                raise ValueError(f"its {name} is no plain tensor")
+            require(plain and value.untyped_storage().nbytes() >= value.nbytes,
+                    f"its {name} is no plain tensor")
             require_finite(name, value)
     return content
 
@@ -1181,13 +1178,9 @@ def write_checkpoint(path: Path, content: dict[str, Any], previous: Path | None 
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.seek(0)
-    try:
+    with telling(f"{path}: it could not be read back",
+                 "checkpoints hold tensors, numbers, texts, paths and their containers"):
         load_tensors(buffer)
-    except NotFinite:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: it could not be read back; checkpoints hold tensors, numbers, "
-                        f"texts, paths and their containers ({one_line(error)})") from error
     write_atomically(path, buffer.getbuffer(), previous)
 
 
@@ -1206,16 +1199,10 @@ def restore_state(value: Any, state: Any):
         value.load_state_dict(state)
 
 
-@contextlib.contextmanager
 def fitting(what: str):
-    """UserError where what a checkpoint holds does not fit."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # what a file holds can raise nearly anything
-        raise UserError(f"{what} is damaged, or does not fit this run's networks, data or "
-                        f"environment ({one_line(error)}); use another") from error
+    """`telling` where what a checkpoint holds does not fit."""
+    return telling(f"{what} is damaged, or does not fit this run's networks, data or environment",
+                   "use another")
 
 
 class Run:
@@ -1239,8 +1226,8 @@ class Run:
         self.script, self.args = Path(file).stem, args
         self.device = choose_device(args.device, args.num_threads, args.tf32)
         env = unplayed_env(args.env_id)
-        self.observation_dim = env.observation_space.shape[0]
-        self.action_dim = env.action_space.shape[0]
+        (self.observation_dim,) = env.observation_space.shape
+        (self.action_dim,) = env.action_space.shape
         require(not args.track or importlib.util.find_spec("wandb"),
                 "--track needs Weights & Biases: pip install wandb")
         self.objects, self.state, self.done, self.data = {}, {}, {}, None
@@ -1317,8 +1304,9 @@ class Run:
             for part in (self.writer, self.lock):
                 if part:
                     part.close()
-        if (kind is KeyboardInterrupt or self.stopping) and self.lock:
-            print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
+        if kind is KeyboardInterrupt or self.stopping:
+            way = f"--run-dir {self.path} --resume" if self.lock else "the same command"
+            print(f"\nstopped; continue with {way}", file=sys.stderr)
         if isinstance(error, NotFinite):
             stage, step = self.newest()
             kept = self.path / CHECKPOINTS[0]
@@ -1334,8 +1322,7 @@ class Run:
         self.lock = lock_file(self.path / ".lock", wait=False)
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         hardware = dict(cpu=cpu_name(), cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
-        commit = git_commit(sys.modules[type(args).__module__])
-        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=commit,
+        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=git_commit(),
                        hardware=hardware)
         self.sittings.append(sitting)
         if not any((self.path / name).exists() for name in CHECKPOINTS):
@@ -1351,17 +1338,17 @@ class Run:
         if args.track:
             import wandb
 
-            own = dict(project="trqam", name=self.path.name)  # W&B's own variables win over these
-            own = {key: x for key, x in own.items() if f"WANDB_{key.upper()}" not in os.environ}
-            run = wandb.init(**own, id=self.wandb_id, resume="allow", config=vars(args),
-                             sync_tensorboard=True)
+            environ = os.environ.get  # whose variables win
+            run = wandb.init(
+                project=environ("WANDB_PROJECT", "trqam"), id=self.wandb_id, resume="allow",
+                name=environ("WANDB_NAME", self.path.name), config=vars(args),
+                sync_tensorboard=True)
             self.wandb_id = run.id
         from torch.utils.tensorboard import SummaryWriter
 
         purge = sum(self.done.values()) + 1 if args.resume else None
         self.writer = SummaryWriter(str(self.path), purge_step=purge)
-        lines = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{lines}")
+        self.writer.add_text("config.json", f"<pre>{text}</pre>")
         print(f"run: {self.path}")
         print("settings:", ", ".join(f"{key} {x}" for key, x in vars(args).items() if x != ""))
         share = self.data["success_fraction"]
@@ -1452,20 +1439,16 @@ class Run:
         stage's last step is not saved: what begins after it calls `evaluate_and_save`."""
         args, step, last = self.args, self.done[self.stage], self.done[self.stage] == self.total
         if last or step % args.log_interval == 0:
-            self.log(statistics)
+            for name, number in statistics.items():
+                require_finite(name, number)
+            (then, before), now = self.logged, time.perf_counter()
+            self.logged = now, step
+            rate = {"charts/SPS": (step - before) / (now - then)}
+            self.append("train.csv", self.stage, step, statistics | rate)
         if policy and (last or step % args.eval_interval == 0):
             self.evaluate_and_save(policy)
         elif not last and (step % args.checkpoint_interval == 0 or self.stopping):
             self.save()
-
-    def log(self, statistics: dict[str, Any]):
-        """Write a row of train.csv for the newest step. Waits for the device."""
-        for name, number in statistics.items():
-            require_finite(name, number)
-        (then, before), step = self.logged, self.done[self.stage]
-        self.logged = now, _ = time.perf_counter(), step
-        row = statistics | {"charts/SPS": (step - before) / (now - then)}
-        self.append("train.csv", self.stage, step, row)
 
     def append(self, name: str, stage: str, step: int, numbers: dict[str, Any]):
         """Add a row to a table and to TensorBoard; a new column stays empty in the earlier rows."""
@@ -1545,30 +1528,28 @@ class Run:
     def draw(self):
         """learning_curve.png: success (return, where there is none) of fine-tuning beside the
         clone's, and what was logged under trust_region/, by its name."""
-        with patch.dict(os.environ):  # which no screen's backend shall stop
-            os.environ.pop("MPLBACKEND", None)
+        with patch.dict(os.environ, MPLBACKEND="agg"):  # no screen's can stop it
             from matplotlib.figure import Figure
         figure = Figure(figsize=(12, 4), layout="constrained")
         score, region = figure.subplots(1, 2)
-        before = {"offline": 0, "online": self.done.get("offline", 0)}
+        start = {"offline": 0, "online": self.done.get("offline", 0)}  # cloning is at 0
+        place = lambda row: start[row["stage"]] + row["step"] if row["stage"] in start else 0
         evals = self.rows["eval.csv"]
-        place = [0 if row["stage"] == "bc" else before[row["stage"]] + row["step"] for row in evals]
+        train = [row for row in self.rows["train.csv"] if row["stage"] in start]
         key = next(key for key in SCORES if key in evals[-1])
-        y, e = (np.array([row.get(k, 0.0) for row in evals]) for k in (key, f"{key}_stderr"))
-        score.plot(place, y, marker="o", ms=3, label=f"{self.script} (band: standard error)")
-        score.fill_between(place, y - e, y + e, alpha=0.25, lw=0)
+        values, errors = ([row.get(x, 0) for row in evals] for x in (key, f"{key}_stderr"))
+        score.errorbar([*map(place, evals)], values, errors, fmt="o-", ms=3, label=self.script)
         if evals[0]["stage"] == "bc":
-            score.axhline(y[0], color="0.4", ls="--", label="behaviour cloning")
-        score.set(title=f"{key}, {self.args.eval_episodes} episodes")
-        train = [row for row in self.rows["train.csv"] if row["stage"] != "bc"]
-        for key in sorted({key for row in train for key in row if key.startswith("trust_region/")}):
-            rows = [row for row in train if key in row]
-            x = [before[row["stage"]] + row["step"] for row in rows]
-            region.plot(x, [row[key] for row in rows], lw=1, label=key.partition("/")[2])
-            region.set(title="trust region", yscale="log")
+            score.axhline(values[0], color="0.4", ls="--", label="behaviour cloning")
+        score.set(title=f"{key} ± standard error, {self.args.eval_episodes} episodes")
+        regions = [(place(row), of_the_region(row)) for row in train]
+        for key in sorted(set().union(*(numbers for _, numbers in regions))):
+            points = [(x, numbers[key]) for x, numbers in regions if key in numbers]
+            region.plot(*zip(*points), lw=1, label=key)
+        region.set(title="trust region", yscale="log")
         for axis in (score, region):
             if "online" in self.done:
-                axis.axvline(before["online"], color="0.4", ls=":", label="online from here")
+                axis.axvline(start["online"], color="0.4", ls=":", label="online from here")
             if axis.get_legend_handles_labels()[1]:
                 axis.legend(fontsize=8)
             axis.set_xlabel("fine-tuning steps")
@@ -1590,9 +1571,13 @@ class Run:
             stage = {"bc": "behaviour cloning"}.get(row["stage"], f"{row['stage']} {row['step']:,}")
             print(f"{stage:20}{show(row)}")
         last = next((row for row in self.rows["train.csv"][::-1] if row["stage"] != "bc"), {})
-        region = [key for key in last if key.startswith("trust_region/")]
-        print(", ".join(f"{key.partition('/')[2]} {last[key]:.3g}" for key in region))
+        print(", ".join(f"{key} {x:.3g}" for key, x in of_the_region(last).items()))
         print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
+
+
+def of_the_region(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row holds under trust_region/."""
+    return {key[13:]: x for key, x in row.items() if key.startswith("trust_region/")}
 
 
 def show(scores: dict[str, Any]) -> str:
@@ -1628,12 +1613,12 @@ def compiled(function: Callable, choice: str, updates: int, device: torch.device
     if choice == "off" or choice == "auto" and updates < WORTH_COMPILING:
         return function
     try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except Exception as error:  # no compiler, none of its headers, no Triton: each in its own way
-        words = f"torch.compile does not work here ({one_line(error)})"
+        with telling("--compile: torch.compile does not work here", "install a C++ compiler"):
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+    except UserError as error:  # no compiler, none of its headers, no Triton: each in its own way
         if choice == "on":
-            raise UserError(f"--compile on: {words}; install a C++ compiler") from error
-        print(f"not compiled, so slower: {words}")
+            raise
+        print(f"not compiled, so slower: {error}")
         return function
     print("the update is compiled, a minute or two before the first one (--compile off: not)")
     by_exp = {"cpp.use_decompose_tanh": True}  # on a CPU, GELU's tanh costs most after the products
@@ -1693,27 +1678,23 @@ def write_atomically(path: Path, content: Any, previous: Path | None = None):
     is there alone. Raises UserError where the disk is full or not writable."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
+        with telling(f"{path} could not be written", "what was there before is unchanged", OSError):
+            with open(temporary, "wb") as file:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is "
-                        "unchanged") from error
 
 
 def make_folder(path: Path, flag: str):
     """Make a folder that can be written to. Raises UserError, naming the flag that it came by."""
-    try:
+    with telling(f"{flag}: {path} cannot be written to", "name another folder", OSError):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        words = f"{flag}: {path} cannot be written to ({error.strerror}); name another folder"
-        raise UserError(words) from error
 
 
 def lock_file(path: Path, wait: bool):
@@ -1721,10 +1702,9 @@ def lock_file(path: Path, wait: bool):
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if not wait:
-            raise UserError(f"--run-dir: another process is running in {path.parent}; wait for it, "
-                            "or name another folder") from error
+    except OSError:
+        require(wait, f"--run-dir: another process is running in {path.parent}; wait for it, or "
+                "name another folder")
         print(f"waiting for another process, which holds {path}", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
@@ -1745,15 +1725,13 @@ def worker_context(method: str = "forkserver"):
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     # By these two names a worker would find the program that started it, and run it.
     unnamed = patch.dict(vars(sys.modules["__main__"]), __file__=None, __spec__=None)
-    try:
-        with patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed:
-            context = multiprocessing.get_context(method)
-            if method == "forkserver":
-                context.set_forkserver_preload(PRELOADED)
-                multiprocessing.forkserver.ensure_running()
-            yield context
-    except (OSError, EOFError) as error:
-        raise UserError(f"worker processes cannot be started: {one_line(error)}") from error
+    with (telling("worker processes cannot be started", "free memory", (OSError, EOFError)),
+          patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed):
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
+            multiprocessing.forkserver.ensure_running()
+        yield context
 
 
 def follow_the_parent():
@@ -1792,17 +1770,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def git_commit(program: Any = None) -> str | None:
-    """Commit of the code that runs, with "+changes" where its tree differs from it or does not hold
-    the module `program`; None outside a git checkout."""
+def git_commit() -> str | None:
+    """Commit of the code that runs, with "+changes" where it does not hold a program in its folder
+    as it is there; None outside a git checkout."""
     here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    git = functools.partial(subprocess.run, **here)
     with contextlib.suppress(OSError):
-        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changes = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
-        file = os.path.abspath(getattr(program, "__file__", None) or __file__)
-        foreign = git(["git", "ls-files", "--error-unmatch", file]).returncode
-        return commit + "+changes" * bool(changes or foreign) if commit else None
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain", "-uall", "*.py"], **here).stdout
+        return commit + "+changes" * bool(changes) if commit else None
 
 
 def cpu_name() -> str:
