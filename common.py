@@ -931,7 +931,7 @@ def film(env_id: str, chunk_length: int, episodes: list, folder: Path, prefix: s
     words = env_id, own, chunk_length, episodes, str(folder), prefix
     job = gymnasium.vector.utils.CloudpickleWrapper(functools.partial(film_here, *words))
     try:
-        with worker_context("spawn") as context, ProcessPoolExecutor(1, context) as pool:
+        with worker_context() as context, ProcessPoolExecutor(1, context) as pool:
             pool.submit(job).result()
     except Exception as error:
         return f"{type(error).__name__}: {one_line(error)}"
@@ -1616,8 +1616,7 @@ def compiled(function: Callable, choice: str, updates: int, device: torch.device
         with telling("--compile: torch.compile does not work here", "install a C++ compiler"):
             torch.compile(torch.sin)(torch.ones(2, device=device))
     except UserError as error:  # no compiler, none of its headers, no Triton: each in its own way
-        if choice == "on":
-            raise
+        require(choice == "auto", str(error))
         print(f"not compiled, so slower: {error}")
         return function
     print("the update is compiled, a minute or two before the first one (--compile off: not)")
@@ -1714,23 +1713,21 @@ PRELOADED = ["common"]  # by the server that worker processes are forked from
 
 
 @contextlib.contextmanager
-def worker_context(method: str = "forkserver"):
-    """How worker processes start: from a small server that imported this module and OGBench and
-    never touched the GPU, or spawned; either way without running the user's own program again.
-    Raises UserError where they cannot be started."""
+def worker_context():
+    """How worker processes start: from a small server that imported this module and never touched
+    the GPU or a renderer, without running the user's own program again. Raises UserError where
+    they cannot be started."""
     known = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     own = {"PYTHONPATH": os.pathsep.join(known)}
-    own |= {"MUJOCO_GL": "disable"} if method == "forkserver" else {}  # as in `make_seeded`
     # A socket's path must be short, whatever TMPDIR is.
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     # By these two names a worker would find the program that started it, and run it.
     unnamed = patch.dict(vars(sys.modules["__main__"]), __file__=None, __spec__=None)
     with (telling("worker processes cannot be started", "free memory", (OSError, EOFError)),
           patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed):
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(PRELOADED)
-            multiprocessing.forkserver.ensure_running()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        multiprocessing.forkserver.ensure_running()
         yield context
 
 

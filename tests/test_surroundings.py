@@ -2,6 +2,7 @@
 temporary folders, shared machines, and programs that call `main` as a function."""
 
 import importlib
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -76,12 +77,15 @@ def test_workers_keep_the_users_pythonpath(tmp_path, monkeypatch):
     (tmp_path / "of_the_user.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)  # as it is where a program was started with it
-    with common.worker_context("spawn") as context:
+    server = multiprocessing.forkserver._forkserver
+    server._stop()  # it has the variables of its start
+    with common.worker_context() as context:
         answer = context.Queue()
         process = context.Process(target=imports, args=("of_the_user", answer))
         process.start()
     assert answer.get(timeout=60).split(os.pathsep) == [str(ROOT), str(tmp_path)]
     process.join()
+    server._stop()
     assert os.environ["PYTHONPATH"] == str(tmp_path)
 
 
