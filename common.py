@@ -96,10 +96,10 @@ def telling(what: str, way: str, kinds: type | tuple[type, ...] = Exception):
 # OGBench's single-task environments, and tasks of one's own, with resets that a seed decides.
 # A copier needs `register_task`, and `make_env` to see what it makes.
 
-TASKS: dict[str, tuple[Callable, Callable | None]] = {}  # env_id -> make_env, load_arrays
+TASKS: dict[str, tuple[Callable, Callable]] = {}  # env_id -> make_env, load_arrays
 
 
-def register_task(env_id: str, make_env: Callable, load_arrays: Callable | None):
+def register_task(env_id: str, make_env: Callable, load_arrays: Callable):
     """Let `--env-id env_id` name a task of one's own, with Box spaces of one dimension.
 
     make_env: takes gymnasium.make's keyword arguments (such as `render_mode`) -> gymnasium.Env.
@@ -162,12 +162,14 @@ def make_seeded(name: str, **kwargs):
         return SeededReset(gymnasium.make(name, **kwargs))
 
 
-def make_env(env_id: str, **kwargs):
-    """The environment of a task, actions in [-1, 1], seeded resets -> gymnasium.Env. Raises
-    UserError for an unknown id, and for spaces that are no Box of one dimension."""
-    if env_id not in TASKS:
+def make_env(env_id: str, own: Callable | None = None, **kwargs):
+    """The environment of a task, actions in [-1, 1], seeded resets -> gymnasium.Env. own:
+    makes a task that was registered, for worker processes, where it is not. Raises UserError for an
+    unknown id, and for spaces that are no Box of one dimension."""
+    own, _ = TASKS.get(env_id, (own, None))
+    if not own:
         return make_seeded(split_env_id(env_id)[0], **kwargs)
-    env = TASKS[env_id][0](**kwargs)
+    env = own(**kwargs)
     for space in (env.observation_space, env.action_space):
         require(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1,
                 f"{env_id} has the space {space}; it must be a Box of one dimension")
@@ -841,13 +843,11 @@ class ChunkedEpisode(gymnasium.Wrapper):
 
 
 def make_chunked_env(env_id: str, chunk_length: int, own: Callable | None = None):
-    """The environment of a worker process. own: makes a task that was registered."""
-    if own:
-        TASKS.setdefault(env_id, (own, None))  # Gymnasium calls this in the program's process too
+    """The environment of a worker process. own: as for `make_env`."""
     follow_the_parent()
     if multiprocessing.parent_process():  # a cluster sends SIGTERM to all: evaluations end first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return ChunkedEpisode(make_env(env_id), chunk_length)
+    return ChunkedEpisode(make_env(env_id, own), chunk_length)
 
 
 class Evaluator:
@@ -939,13 +939,11 @@ def film(env_id: str, chunk_length: int, episodes: list, folder: Path, prefix: s
 
 
 def film_here(env_id: str, own: Callable | None, chunk_length: int, episodes, folder, prefix):
-    """`film`, in its process. own: as for `make_chunked_env`."""
-    if own:
-        register_task(env_id, own, None)
+    """`film`, in its process. own: as for `make_env`."""
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     size = {} if own else dict(width=240, height=240)
-    env = make_env(env_id, render_mode="rgb_array", **size)
+    env = make_env(env_id, own, render_mode="rgb_array", **size)
     env.reset()
     env.render()
     if episodes:
@@ -1146,7 +1144,7 @@ def read_checkpoint(path: Path, kind: str, flag: str) -> dict[str, Any]:
         found, _ = checkpoint["kind"], checkpoint["args"].keys()
     except Exception as error:  # a damaged file can raise nearly anything
         older, way = path.with_name(CHECKPOINTS[1]), "use another"
-        if path.name == CHECKPOINTS[0] and older.exists():
+        if path.name == CHECKPOINTS[0]:
             with contextlib.suppress(UserError):
                 read_checkpoint(older, kind, flag)
                 way = f"{older} is whole: to go on from there, rename it to {path.name}"
@@ -1311,8 +1309,9 @@ class Run:
             stage, step = self.newest()
             kept = self.path / CHECKPOINTS[0]
             before = f"{kept} is" if kept.exists() else "no checkpoint is"
-            raise UserError(f"{error} at step {step} of {stage}: training diverged; try a lower "
-                            f"--learning-rate in a new run ({before} from before it)")
+            raise UserError(f"{error} at step {step} of {stage}: training diverged, or the "
+                            "simulation; try a lower --learning-rate in a new run "
+                            f"({before} from before it)")
 
     def open(self):
         """Make the folder, or open the one to resume, and say what is trained on what."""
