@@ -930,12 +930,12 @@ def film(env_id: str, chunk_length: int, episodes: list, folder: Path, prefix: s
     own, _ = TASKS.get(env_id, (None, None))
     words = env_id, own, chunk_length, episodes, str(folder), prefix
     job = gymnasium.vector.utils.CloudpickleWrapper(functools.partial(film_here, *words))
-    try:
-        with worker_context() as context, ProcessPoolExecutor(1, context) as pool:
-            pool.submit(job).result()
-    except Exception as error:
-        return f"{type(error).__name__}: {one_line(error)}"
-    return ""
+    with worker_context() as context:
+        pool = ProcessPoolExecutor(1, context)
+        played = pool.submit(job)
+    with pool:
+        error = played.exception()
+    return f"{type(error).__name__}: {one_line(error)}" if error else ""
 
 
 def film_here(env_id: str, own: Callable | None, chunk_length: int, episodes, folder, prefix):
@@ -1237,11 +1237,9 @@ class Run:
         self.path = Path(args.run_dir or next(path for path in numbered if not path.exists()))
         if source := source_of(self.script, args):
             self.go_on_from(*source)
-        # A run that was killed at once leaves hidden files alone.
-        empty = self.path.is_dir() and all(file.name[0] == "." for file in self.path.iterdir())
-        require(args.resume or args.eval_only or empty or not self.path.exists(),
-                f"--run-dir: {self.path} is not empty; name another folder, or continue its run "
-                "with --resume")
+        used = any(self.path.glob("[!.]*"))  # a run that was killed at once leaves hidden files
+        require(args.resume or args.eval_only or not used, f"--run-dir: {self.path} is not empty; "
+                "name another folder, or continue its run with --resume")
 
     def go_on_from(self, path: Path, kind: str, flag: str):
         """Take over the checkpoint that this run resumes, starts from or evaluates."""
@@ -1379,13 +1377,11 @@ class Run:
         """`load_dataset` with this run's settings. Raises UserError."""
         args, began = self.args, self.data if self.args.resume else None
         if args.collect_episodes and not args.dataset_path and args.env_id not in TASKS:
-            name = split_env_id(args.env_id)[1]
-            rows = args.collect_episodes * (official_size(name)[1] - 1)
+            _, steps = official_size(split_env_id(args.env_id)[1])
+            rows = args.collect_episodes * (steps - 1)
             require(max(args.batch_size, args.chunk_length) <= rows, "--batch-size and "
                     f"--chunk-length must be at most the {rows} transitions that are collected")
-            path = collected_path(name, args.collect_episodes, args.collect_seed, args.dataset_dir)
-            if can_collect(name) and not path.exists():
-                self.try_needs()  # collecting is long
+            self.try_needs()  # collecting is long
         names = "chunk_length gamma dataset_path dataset_dir collect_episodes collect_seed".split()
         dataset, self.data = load_dataset(
             args.env_id, sparse=args.sparse_reward, device=self.device,
@@ -1538,8 +1534,7 @@ class Run:
         key = next(key for key in SCORES if key in evals[-1])
         values, errors = ([row.get(x, 0) for row in evals] for x in (key, f"{key}_stderr"))
         score.errorbar([*map(place, evals)], values, errors, fmt="o-", ms=3, label=self.script)
-        if evals[0]["stage"] == "bc":
-            score.axhline(values[0], color="0.4", ls="--", label="behaviour cloning")
+        score.axhline(values[0], color="0.4", ls="--", label="behaviour cloning")
         score.set(title=f"{key} ± standard error, {self.args.eval_episodes} episodes")
         regions = [(place(row), of_the_region(row)) for row in train]
         for key in sorted(set().union(*(numbers for _, numbers in regions))):
@@ -1549,8 +1544,7 @@ class Run:
         for axis in (score, region):
             if "online" in self.done:
                 axis.axvline(start["online"], color="0.4", ls=":", label="online from here")
-            if axis.get_legend_handles_labels()[1]:
-                axis.legend(fontsize=8)
+            axis.legend(*axis.get_legend_handles_labels(), fontsize=8)
             axis.set_xlabel("fine-tuning steps")
             axis.grid(alpha=0.3)
         title = f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.data)}"
