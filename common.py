@@ -389,12 +389,12 @@ class ChunkDataset:
 
     def make_room(self, transitions: int):
         """Allocate rows for so many that will be appended, even if each ends an episode."""
-        never = torch.iinfo(torch.int64).max  # the end of an episode that has not ended
-        for name, count, value in (*((x, 2 * transitions, 0) for x in self.ARRAYS),
-                                   ("ends", transitions + 1, never)):
+        for name in self.ARRAYS:
             array = getattr(self, name)
-            empty = array.new_full((count, *array.shape[1:]), value)
+            empty = array.new_zeros(2 * transitions, *array.shape[1:])
             setattr(self, name, torch.cat([array, empty]))
+        never = torch.iinfo(torch.int64).max  # the end of an episode that has not ended
+        self.ends = torch.cat([self.ends, self.ends.new_full((transitions + 1,), never)])
 
     def append(self, observation, action, reward: float, mask: float, next_observation, done: bool):
         """Add a transition of the running episode, after `make_room`. observation, next_observation
