@@ -86,9 +86,9 @@ def telling(what: str, way: str, kinds: type | tuple[type, ...] = Exception):
     """Errors of these kinds become a UserError: what failed, why, and the way out."""
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
+        if isinstance(error, UserError) and kinds is Exception:
+            raise  # it says all that already
         raise UserError(f"{what} ({one_line(error)}); {way}") from error
 
 
@@ -607,7 +607,8 @@ def official_file(dataset_name: str, dataset_dir: str) -> Path:
     if can_collect(dataset_name):
         way += f"; or collect data: --collect-episodes {official_size(dataset_name)[0]}"
     in_time = functools.partial(urllib.request.urlopen, timeout=30)  # OGBench's waits for ever
-    with (telling(f"the official {path.name} could not be downloaded whole", way),
+    failed = f"the official {path.name} could not be downloaded whole"
+    with (telling(failed, way, (Exception, UserError)),
           tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as work,
           patch.object(urllib.request, "urlopen", in_time)):
         ogbench.download_datasets([dataset_name], work)
