@@ -26,30 +26,31 @@ import json
 import math
 import multiprocessing.forkserver
 import os
-import pathlib
-import pickle
 import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
 import time
 import typing
+import urllib.request
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path, PosixPath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from unittest.mock import patch
 
+import gymnasium
 import numpy as np
+import ogbench
 import torch
 import tyro
 from tqdm import tqdm
 
+gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks warn at each environment
 SHOWN = sys.stderr is not None and sys.stderr.isatty()
 PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if SHOWN else 20, disable=sys.stderr is None)
 
@@ -62,22 +63,33 @@ class NotFinite(UserError):
     """A number that is not finite."""
 
 
-def require(holds: bool, words: str):
+def require(holds: Any, words: str):
     """Raise UserError, with these words, where something that must hold does not."""
     if not holds:
         raise UserError(words)
 
 
+def require_finite(name: str, numbers: Any):
+    """Raise NotFinite for an array, tensor or number that is not finite. Waits for the device."""
+    if not torch.isfinite(torch.as_tensor(numbers)).all():
+        raise NotFinite(f"{name} is not finite")
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, or else its type, to stand within our own one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = getattr(error, "strerror", None) or error
+    return " ".join(str(said).split())[:300] or type(error).__name__
 
 
-def require_finite(name: str, array: np.ndarray):
-    """Raise NotFinite, with the array's name and the first bad place, where it is not finite."""
-    if len(bad := np.argwhere(~np.isfinite(array))):
-        where, value = bad[0].tolist(), array[tuple(bad[0])]
-        raise NotFinite(f"{name} is not finite (number {where} is {value})")
+@contextlib.contextmanager
+def telling(what: str, way: str, kinds: type | tuple[type, ...] = Exception):
+    """Errors of these kinds become a UserError: what failed, why, and the way out."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError) and kinds is Exception:
+            raise  # it says all that already
+        raise UserError(f"{what} ({one_line(error)}); {way}") from error
 
 
 # ------------------------------------------------------------------------------------ environments
@@ -98,28 +110,8 @@ def register_task(env_id: str, make_env: Callable, load_arrays: Callable):
 
 
 @functools.cache
-def import_ogbench():
-    """OGBench, which registers its environments."""
-    import gymnasium
-    import ogbench
-
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks warn at each environment
-    return ogbench
-
-
-def renders_nothing(kwargs: dict[str, Any] | None = None):
-    """A context in which no variable that names a renderer can stop MuJoCo's import; of no effect
-    where `kwargs` ask for a `render_mode`."""
-    renders = "render_mode" in (kwargs or {})
-    return patch.dict(os.environ, {} if renders else {"MUJOCO_GL": "disable"})
-
-
-@functools.cache
 def known_env_ids() -> list[str]:
     """All state-based single-task OGBench ids, for the types of dataset that OGBench publishes."""
-    import_ogbench()
-    import gymnasium
-
     types = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch")}
     ids = []
     for name in gymnasium.registry:
@@ -145,42 +137,45 @@ def domain_of(env_id: str) -> str:
     return env_id.split("-singletask")[0]
 
 
-def with_seeded_resets(env):
-    """Make `reset(seed=...)` decide the whole episode: OGBench's resets also draw from NumPy's
+class SeededReset(gymnasium.Wrapper):
+    """Makes `reset(seed=...)` decide the whole episode: OGBench's resets also draw from NumPy's
     global generator, and take steps of an action space that is made anew, unseeded, each time."""
-    import gymnasium
 
-    base, space = env.unwrapped, env.unwrapped.action_space
-    if isinstance(getattr(type(base), "action_space", None), property):
-        # No attribute of an instance hides a property: only a class of its own can hold the space.
-        base.__class__ = type(type(base).__name__, (type(base),), {"action_space": space})
+    def __init__(self, env):
+        super().__init__(env)
+        base, self.space = env.unwrapped, env.unwrapped.action_space
+        if isinstance(getattr(type(base), "action_space", None), property):
+            # No attribute of an instance hides a property: only a class of its own can.
+            base.__class__ = type("Seeded", (type(base),), {"action_space": self.space})
 
-    class SeededReset(gymnasium.Wrapper):
-        def reset(self, *, seed: int | None = None, options: dict | None = None):
-            if seed is not None:
-                np.random.seed(seed)
-                space.seed(seed)
-            return self.env.reset(seed=seed, options=options)
-
-    return SeededReset(env)
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:
+            np.random.seed(seed)
+            self.space.seed(seed)
+        return self.env.reset(seed=seed, options=options)
 
 
-def make_env(env_id: str, **kwargs):
-    """The environment of a task, actions in [-1, 1], seeded resets -> gymnasium.Env. Raises
-    UserError for an unknown id, and for spaces that are no Box of one dimension."""
-    import_ogbench()
-    import gymnasium
+def make_seeded(name: str, **kwargs):
+    """OGBench's environment of that name -> gymnasium.Env. MuJoCo is told to load no renderer, so
+    that none which a variable names can stop it, unless `kwargs` ask for a `render_mode`."""
+    with patch.dict(os.environ, {} if "render_mode" in kwargs else {"MUJOCO_GL": "disable"}):
+        return SeededReset(gymnasium.make(name, **kwargs))
 
-    if env_id not in TASKS:
-        with renders_nothing(kwargs):
-            return with_seeded_resets(gymnasium.make(split_env_id(env_id)[0], **kwargs))
-    env = TASKS[env_id][0](**kwargs)
+
+def make_env(env_id: str, own: Callable | None = None, **kwargs):
+    """The environment of a task, actions in [-1, 1], seeded resets -> gymnasium.Env. own:
+    makes a task that was registered, for worker processes, where it is not. Raises UserError for an
+    unknown id, and for spaces that are no Box of one dimension."""
+    own, _ = TASKS.get(env_id, (own, None))
+    if not own:
+        return make_seeded(split_env_id(env_id)[0], **kwargs)
+    env = own(**kwargs)
     for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            raise UserError(f"{env_id} has the space {space}; it must be a Box of one dimension")
+        require(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1,
+                f"{env_id} has the space {space}; it must be a Box of one dimension")
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return with_seeded_resets(env)
+    return SeededReset(env)
 
 
 @functools.cache
@@ -199,7 +194,7 @@ class OnlineEnvironment:
     """
 
     def __init__(self, env_id: str, seed: int):
-        self.env, self.seed, self.taken, self.last_episode = make_env(env_id), seed, 0, {}
+        self.env, self.seed, self.last_episode = make_env(env_id), seed, {}
         self.steps, self.seconds = 0, 0.0  # of this sitting
         self.begin(0)
 
@@ -218,11 +213,10 @@ class OnlineEnvironment:
         terminated, and 1 where only its time was up. Raises NotFinite.
         """
         start, observation = time.perf_counter(), self.observation
-        self.taken += 1
-        require_finite(f"the action of online step {self.taken}", action)
+        require_finite("the environment's action", action)
         self.observation, reward, terminated, truncated, info = self.env.step(action)
-        require_finite(f"the observation after online step {self.taken}", self.observation)
-        require_finite(f"the reward of online step {self.taken}", np.array(reward))
+        require_finite("the environment's observation", self.observation)
+        require_finite("the environment's reward", float(reward))
         self.rewards.append(float(reward))
         self.actions.append(action)
         done = bool(terminated or truncated)
@@ -242,7 +236,7 @@ class OnlineEnvironment:
     def state_dict(self) -> dict[str, Any]:
         actions = np.array(self.actions, np.float32).reshape(-1, *self.env.action_space.shape)
         arrays = dict(actions=actions, chunk=self.chunk, observation=self.observation)
-        numbers = dict(episode=self.episode, taken=self.taken, last_episode=self.last_episode)
+        numbers = dict(episode=self.episode, last_episode=self.last_episode)
         return numbers | {name: torch.tensor(array) for name, array in arrays.items()}
 
     def load_state_dict(self, state: dict[str, Any]):
@@ -252,8 +246,7 @@ class OnlineEnvironment:
         for action in state["actions"].numpy():
             if self.step(action)[-1]:
                 break  # it ended, which it had not
-        self.last_episode, self.taken = state["last_episode"], state["taken"]
-        self.steps, self.seconds = 0, 0.0  # what is played again does not count
+        self.last_episode, self.steps, self.seconds = state["last_episode"], 0, 0.0
         if np.array_equal(self.observation, state["observation"].numpy()):
             self.chunk = state["chunk"].numpy()
         else:
@@ -302,7 +295,7 @@ class ChunkDataset:
         arrays = observations, actions, rewards, masks, terminals
         arrays = [x if isinstance(x, torch.Tensor) else np.asarray(x) for x in arrays]
         arrays = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in arrays]
-        check_arrays(**dict(zip((*self.ARRAYS, "terminals"), arrays)))
+        check_arrays(dict(zip((*self.ARRAYS, "terminals"), arrays)))
         self.observations, self.actions, self.rewards, self.masks, terminals = arrays
         self.actions = self.actions.clamp(-1 + 1e-5, 1 - 1e-5)
         self.rewards = -(self.rewards != 0).float() if sparse else self.rewards
@@ -330,12 +323,8 @@ class ChunkDataset:
         given = dict(
             observations=observations, actions=actions, next_observations=next_observations,
             rewards=rewards, terminated=terminated, truncated=truncated)
-        given = {key: torch.as_tensor(np.asarray(x)).numpy() for key, x in given.items()}
-        n = len(given["rewards"])
-        for key, array in given.items():
-            if array.shape[:1] != (n,) or array.ndim != 1 + key.endswith("ons"):
-                kind = "[N, ...]" if key.endswith("ons") else "[N]"
-                raise ValueError(f"{key} must be {kind} for N = {n} rewards, not {array.shape}")
+        given = {key: np.asarray(x) for key, x in given.items()}
+        check_shapes(given, "N")
         s, a, following, rewards, terminated, truncated = given.values()
         done = terminated.astype(bool) | truncated.astype(bool)
         done[-1:] = True
@@ -347,9 +336,10 @@ class ChunkDataset:
         low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
         if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
             raise ValueError(f"low {low} must be below high {high}, and both finite")
-        row = np.arange(n) + np.cumsum(done) - done  # each end is followed by a final state's row
+        # Each end is followed by a final state's row.
+        row = np.arange(len(done)) + np.cumsum(done) - done
         final = row[done] + 1
-        rows = n + len(final)
+        rows = len(row) + len(final)
 
         def spread(values, at_final):
             array = np.empty((rows, *values.shape[1:]), np.float32)
@@ -399,12 +389,12 @@ class ChunkDataset:
 
     def make_room(self, transitions: int):
         """Allocate rows for so many that will be appended, even if each ends an episode."""
-        never = torch.iinfo(torch.int64).max  # the end of an episode that has not ended
-        for name, count, value in (*((x, 2 * transitions, 0) for x in self.ARRAYS),
-                                   ("ends", transitions + 1, never)):
+        for name in self.ARRAYS:
             array = getattr(self, name)
-            empty = array.new_full((count, *array.shape[1:]), value)
+            empty = array.new_zeros(2 * transitions, *array.shape[1:])
             setattr(self, name, torch.cat([array, empty]))
+        never = torch.iinfo(torch.int64).max  # the end of an episode that has not ended
+        self.ends = torch.cat([self.ends, self.ends.new_full((transitions + 1,), never)])
 
     def append(self, observation, action, reward: float, mask: float, next_observation, done: bool):
         """Add a transition of the running episode, after `make_room`. observation, next_observation
@@ -441,26 +431,31 @@ class ChunkDataset:
             raise ValueError("its episodes do not follow each other")
 
 
-def check_arrays(observations, actions, rewards, masks, terminals):
-    """Raise ValueError for arrays (float32 tensors) that no `ChunkDataset` can be made of."""
-    for name, array in (*zip(ChunkDataset.ARRAYS, (observations, actions, rewards, masks)),
-                        ("terminals", terminals)):
-        dims, rows = 1 + name.endswith("ons"), rewards.shape[:1]
-        if array.ndim != dims or array.shape[:1] != rows or not array.numel():
-            kind = "[M, ...]" if dims == 2 else "[M]"
-            shapes = f"{[*array.shape]} beside rewards {[*rewards.shape]}"
-            raise ValueError(f"{name} must be {kind} for M rewards [M], not {shapes}")
+def check_shapes(arrays: dict[str, Any], rows: str):
+    """Raise ValueError for arrays (NumPy's or tensors) without a row for each of `rewards`."""
+    count = arrays["rewards"].shape[:1]
+    for name, array in arrays.items():
+        wide = name.endswith("ons")  # of observations and actions
+        if array.ndim != 1 + wide or array.shape[:1] != count or 0 in array.shape:
+            kind = f"[{rows}, ...]" if wide else f"[{rows}]"
+            raise ValueError(f"{name} must be {kind} for {rows} rewards, not {[*array.shape]}")
+
+
+def check_arrays(arrays: dict[str, torch.Tensor]):
+    """Raise ValueError for arrays that no `ChunkDataset` can be made of."""
+    check_shapes(arrays, "M")
+    for name, array in arrays.items():
         low, high = array.aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{name} is not finite: remove rows that hold NaN or infinity")
         if name == "actions" and max(-low, high) > 1 + 1e-3:
             raise ValueError(f"actions lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: scale them, "
                              "as from_transitions does, by the action space's low and high")
-    last = terminals != 0
+    last = arrays["terminals"] != 0
     if not last.any():
         raise ValueError("terminals marks no episode's end: set it at each final state, or give "
                          "transitions to ChunkDataset.from_transitions")
-    for name, where in (("mask 0", masks == 0), ("reward", rewards != 0)):
+    for name, where in (("mask 0", arrays["masks"] == 0), ("reward", arrays["rewards"] != 0)):
         if where.any() and not where[~last].any():
             raise ValueError(
                 f"every {name} stands at an episode's last row, a final state, which is no "
@@ -469,21 +464,18 @@ def check_arrays(observations, actions, rewards, masks, terminals):
 
 def read_npz(path: Path, keys) -> dict[str, np.ndarray]:
     """Arrays of an .npz file; nothing in it is executed. Raises UserError where it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file, np.errstate(all="ignore"):
-            if not (missing := [key for key in keys if key not in file]):
-                return {key: file[key] for key in keys}
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise UserError(f"{path} cannot be read as .npz, and may be damaged or cut short: fetch or "
-                        f"collect it again ({one_line(error)})") from error
-    raise UserError(f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
+    with telling(f"{path} cannot be read as .npz, and may be damaged or cut short",
+                 "fetch or collect it again"), np.load(path, allow_pickle=False) as file:
+        missing = [key for key in keys if key not in file]
+        data = {key: file[key] for key in keys if key in file}
+    require(not missing, f"{path} is no OGBench dataset: it has no {', '.join(missing)}")
+    return data
 
 
+@np.errstate(all="ignore")  # too large a number is infinite, and refused
 def read_file(path: Path, env) -> dict[str, np.ndarray]:
     """Rows of an OGBench file, with OGBench's rewards and masks of the environment's task. Raises
     UserError where it is damaged or another environment's."""
-    from ogbench.relabel_utils import relabel_dataset
-
     base = env.unwrapped
     shapes = dict(observations=env.observation_space.shape, actions=env.action_space.shape)
     shapes |= dict(terminals=(), qpos=(base.model.nq,))
@@ -495,16 +487,12 @@ def read_file(path: Path, env) -> dict[str, np.ndarray]:
             print(f"note: rewards and masks in {path} are not used, but OGBench's own for the task")
     rows = data["terminals"].size
     for key, array in data.items():
-        if array.shape != (rows, *shapes[key]) or not rows:
-            needed = f"{env.spec.id} needs {(rows, *shapes[key])}"
-            raise UserError(f"{path}: {key} has shape {array.shape}, but {needed}")
-        kind = np.float32 if array.dtype.kind == "f" else array.dtype.newbyteorder("=")
-        with np.errstate(all="ignore"):  # too large a number is infinite, and refused
-            data[key] = array.astype(kind)
-        if array.dtype.kind not in "fiub" or not np.isfinite(data[key]).all():
-            raise UserError(f"{path}: {key} holds values that are not finite numbers; fetch or "
-                            "collect it again")
-    relabel_dataset(env.spec.id, env, data)
+        require(array.shape == (rows, *shapes[key]) and rows, f"{path}: {key} has shape "
+                f"{array.shape}, but {env.spec.id} needs {(rows, *shapes[key])}")
+        require(array.dtype.kind in "fiub" and np.isfinite(array).all(), f"{path}: {key} holds "
+                "values that are not finite numbers; fetch or collect it again")
+        data[key] = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+    ogbench.relabel_utils.relabel_dataset(env.spec.id, env, data)
     final = data["terminals"] = data["terminals"].astype(bool)
     final[-1] = True  # a file's end ends an episode
     data["rewards"][final], data["masks"][final] = 0, 1  # those of final states mean nothing
@@ -519,6 +507,18 @@ def free_memory(device: torch.device) -> int:
         memory = Path("/proc/meminfo").read_text()
         return 512 * int(re.search(r"MemAvailable:\s+(\d+) kB", memory)[1])
     return total_memory() // 2
+
+
+def choose_memory(device: torch.device, need: int) -> torch.device:
+    """The device if it has so many bytes free, else the host. Raises UserError if neither has."""
+    free = {x: free_memory(x) for x in (device, torch.device("cpu"))}
+    chosen = next((x for x in free if need <= free[x]), None)
+    words = ", ".join(f"{x} has {free[x] / 2**30:.1f} GiB free" for x in free)
+    words = f"the data needs {need / 2**30:.1f} GiB, and {words}"
+    require(chosen, f"{words}: name fewer files with --dataset-path")
+    if chosen != device:
+        print(f"note: {words}: it lies in the host's memory, and batches are copied from there")
+    return chosen
 
 
 PUBLISHED = {  # transitions behind published results, where those are not OGBench's own file
@@ -548,33 +548,24 @@ def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool =
     else:
         name = split_env_id(env_id)[1]
         files, info = find_files(name, dataset_path, dataset_dir, collect_episodes, collect_seed)
-        widths = env.observation_space.shape, env.action_space.shape, (), ()
         rows = [read_npz(path, ["terminals"])["terminals"].size for path in files]
-        if info["origin"] == "official" and can_collect(name):
-            if sum(rows) != math.prod(official_size(name)):
-                info["origin"] = "path"  # the name alone makes none official
-        need, asked = 4 * sum(rows) * sum(math.prod(width) for width in widths), device
-        if need > free_memory(device):
-            device = torch.device("cpu")
-            print(f"note: the data needs {need / 2**30:.1f} GiB, more than {asked} has free: it "
-                  "lies in the host's memory, and each batch is copied from there")
-        if need > free_memory(device):
-            free = " and ".join(f"{free_memory(x) / 2**30:.1f} on {x}" for x in {asked, device})
-            raise UserError(f"the data needs {need / 2**30:.1f} GiB, of which free are {free}; "
-                            "name fewer files with --dataset-path")
+        if can_collect(name) and sum(rows) != math.prod(official_size(name)):
+            info["origin"] = info["origin"].replace("official", "path")  # its name alone says so
+        widths = dict(observations=env.observation_space.shape, actions=env.action_space.shape)
+        widths |= dict(rewards=(), masks=(), terminals=())
+        need = 4 * sum(rows) * sum(map(math.prod, widths.values()))
+        device = choose_memory(device, need)
         # The files are read one after another into place: one alone is ever held twice.
-        held = [torch.empty(sum(rows), *width, device=device) for width in (*widths, ())]
-        for path, part in zip(files, torch.arange(sum(rows)).split(rows)):
+        arrays = {key: torch.empty(sum(rows), *x, device=device) for key, x in widths.items()}
+        for path, *parts in zip(files, *(array.split(rows) for array in arrays.values())):
             data = read_file(path, env)
             if data["terminals"].sum() == 1:
                 print(f"note: {path} marks no end of an episode: it is taken for a single one")
-            for array, key in zip(held, (*ChunkDataset.ARRAYS, "terminals")):
-                array[int(part[0]) : int(part[-1]) + 1] = torch.from_numpy(data[key])
-        arrays, make = dict(zip((*ChunkDataset.ARRAYS, "terminals"), held)), ChunkDataset
-    try:
+            for key, part in zip(arrays, parts):
+                part.copy_(torch.from_numpy(data[key]))
+        make = ChunkDataset
+    with telling(f"the data of {env_id} cannot be used", "mend it", (TypeError, ValueError)):
         dataset = make(**arrays, **settings, device=device)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the data of {env_id}: {error}") from error
     info |= dict(transitions=dataset.size, episodes=dataset.episodes)
     info |= dict(published_transitions=PUBLISHED.get(domain_of(env_id), 0))
     return dataset, info | dict(success_fraction=float((dataset.masks == 0).float().mean()))
@@ -588,27 +579,21 @@ def find_files(dataset_name: str, dataset_path: str, dataset_dir: str, collect_e
         files = [given]
         if given.is_dir():
             files = sorted(x for x in given.glob("*.npz") if not x.stem.endswith("-val"))
-        if not given.exists() or not files:
-            what = "holds no .npz file" if given.exists() else "does not exist"
-            raise UserError(f"--dataset-path: {given} {what}")
+        require(given.exists(), f"--dataset-path: {given} does not exist")
+        require(files, f"--dataset-path: {given} holds no .npz file")
     elif collect_episodes:
         files = [collect_dataset(dataset_name, collect_episodes, collect_seed, dataset_dir)]
         origin = "collected"
     else:
         files, origin = [official_file(dataset_name, dataset_dir)], "official"
     hashes = [file_hash(path) for path in files]
-    made = collection_of(files[0]) if len(files) == 1 else {}
-    if made.get("sha256") == hashes[0]:
-        if made["dataset"] != dataset_name:
-            raise UserError(f"{files[0]} was collected as {made['dataset']}, but {dataset_name} is "
-                            "needed")
-    elif origin == "collected":
-        raise UserError(f"{files[0]} is no longer the file that was collected: remove it, to "
-                        "collect it again")
-    else:
-        made = dict(origin=origin)
     sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return files, made | dict(dataset=dataset_name, files=[str(x) for x in files], sha256=sha256)
+    info = dict(origin=origin, dataset=dataset_name)
+    if len(files) == 1 and (made := collection_of(files[0])):
+        require(made["dataset"] == dataset_name, f"{files[0]} was collected as {made['dataset']}, "
+                f"but {dataset_name} is needed")
+        info = made
+    return files, info | dict(files=[str(path) for path in files], sha256=sha256)
 
 
 def official_file(dataset_name: str, dataset_dir: str) -> Path:
@@ -618,40 +603,36 @@ def official_file(dataset_name: str, dataset_dir: str) -> Path:
     if path.exists():
         return path
     make_folder(path.parent, "--dataset-dir")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as work:
-            import_ogbench().download_datasets([dataset_name], work)
-            read_npz(Path(work, path.name), ["observations", "actions", "terminals"])
-            os.replace(Path(work, path.name), path)
-    except Exception as error:
-        way = f"put a mirror's or another machine's copy at {path}, or name it with --dataset-path"
-        if can_collect(dataset_name):
-            way += (f"; or collect it with OGBench's own oracle: --collect-episodes "
-                    f"{official_size(dataset_name)[0]} (100 are enough for a try)")
-        raise UserError(f"the official {path.name} could not be downloaded ({one_line(error)}): no "
-                        f"whole file came; {way}") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    way = f"put a mirror's or another machine's copy at {path}, or name it with --dataset-path"
+    if can_collect(dataset_name):
+        way += f"; or collect data: --collect-episodes {official_size(dataset_name)[0]}"
+    in_time = functools.partial(urllib.request.urlopen, timeout=30)  # OGBench's waits for ever
+    failed = f"the official {path.name} could not be downloaded whole"
+    with (telling(failed, way, (Exception, UserError)),
+          tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as work,
+          patch.object(urllib.request, "urlopen", in_time)):
+        ogbench.download_datasets([dataset_name], work)
+        read_npz(Path(work, path.name), ["observations", "actions", "terminals"])
+        os.replace(Path(work, path.name), path)
     return path
 
 
 def collection_of(path: Path) -> dict[str, Any]:
     """What `collect_dataset` noted beside the file it wrote; {} for any other file."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         made = json.loads(path.with_suffix(".json").read_text())
-        if all(isinstance(made[key], str) for key in ("sha256", "dataset", "origin")):
+        if made["sha256"] == file_hash(path):
             return made
     return {}
 
 
 def describe_dataset(info: dict[str, Any]) -> str:
     """A dataset's origin in one line, for a plot or the terminal."""
-    collected = f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not the "
     origin = dict(
         official="official OGBench file", own="a task of one's own",
-        collected=collected + "official file", path=f"file {', '.join(info['files'][:1])}")
+        path=f"file {', '.join(info['files'][:1])}",
+        collected=f"collected here with OGBench's oracle (seed {info.get('collect_seed')}), not "
+                  "the official file")
     size = f"{info['transitions']:,} transitions, sha256 {info['sha256'][:12]}"
     if info["transitions"] < 0.99 * info.get("published_transitions", 0):
         size += f" (published results of the domain: {info['published_transitions']:,})"
@@ -683,29 +664,23 @@ def official_size(dataset_name: str) -> tuple[int, int]:
 @functools.cache
 def collection_env(dataset_name: str):
     """One environment per worker process and dataset, in the mode OGBench's generator uses."""
-    import_ogbench()
-    import gymnasium
-
     name = re.sub(r"-(play|navigate)-", "-", dataset_name)
     mode = {} if "maze" in name else {"mode": "data_collection"}
     steps = official_size(dataset_name)[1]
-    with renders_nothing():
-        env = gymnasium.make(name, terminate_at_goal=False, max_episode_steps=steps, **mode)
-    return with_seeded_resets(env)
+    return make_seeded(name, terminate_at_goal=False, max_episode_steps=steps, **mode)
 
 
 def play_oracles(env, dataset_name: str) -> dict[str, Any]:
     """Sub-task -> OGBench's scripted oracle for it."""
-    from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
-    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
-    from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
-    from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
+    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
     settings = dict(env=env, noise=0.1, noise_smoothing=0.5)
     if dataset_name.startswith("puzzle"):
-        return {"button": ButtonPlanOracle(gripper_always_closed=True, **settings)}
-    oracles = CubePlanOracle, ButtonPlanOracle, DrawerPlanOracle, WindowPlanOracle
-    return dict(zip(("cube", "button", "drawer", "window"), (kind(**settings) for kind in oracles)))
+        return {"button": button_plan.ButtonPlanOracle(gripper_always_closed=True, **settings)}
+    return {"cube": cube_plan.CubePlanOracle(**settings),
+            "button": button_plan.ButtonPlanOracle(**settings),
+            "drawer": drawer_plan.DrawerPlanOracle(**settings),
+            "window": window_plan.WindowPlanOracle(**settings)}
 
 
 def play_actions(env, dataset_name: str, seed: int):
@@ -777,7 +752,6 @@ def collect_episode(dataset_name: str, seed: int, split: str, index: int) -> dic
 
 def write_episode(dataset_name: str, seed: int, split: str, index: int, path: Path):
     """Collect one episode into its file (in a worker process)."""
-    follow_the_parent()
     arrays = collect_episode(dataset_name, seed, split, index)
     write_atomically(path, functools.partial(np.savez, **arrays))
 
@@ -799,41 +773,37 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     where no oracle exists or nothing can be written.
     """
     path = collected_path(dataset_name, episodes, seed, dataset_dir)
-    if not can_collect(dataset_name):
-        raise UserError(f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, "
-                        f"and {dataset_name}.npz of OGBench's host or a mirror, by --dataset-path")
+    require(can_collect(dataset_name),
+            f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, and "
+            f"{dataset_name}.npz of OGBench's host or a mirror, by --dataset-path")
     make_folder(path.parent, "--dataset-dir")
     partial = path.with_suffix(".partial")
     with lock_file(path.with_suffix(".lock"), wait=True):  # a second run that wants it waits here
-        if path.exists() and collection_of(path):
+        if collection_of(path):
             return path
-        if path.exists() and not partial.exists():
-            raise UserError(f"{path} was not written by a finished collection: move it away")
+        require(partial.exists() or not path.exists(),
+                f"{path} is not what a finished collection wrote: move it away")
         partial.mkdir(exist_ok=True)
-        jobs = [("train", i) for i in range(episodes)]
-        jobs += [("val", i) for i in range(max(1, episodes // 10))]
-        files = {job: partial / f"{job[0]}-{job[1]:05d}.npz" for job in jobs}
-        missing = [job for job in jobs if not files[job].exists()]
+        counts = {"train": episodes, "val": max(1, episodes // 10)}
+        jobs = [(split, i) for split, count in counts.items() for i in range(count)]
+        files = {(split, i): partial / f"{split}-{i:05d}.npz" for split, i in jobs}
+        missing = [(*job, file) for job, file in files.items() if not file.exists()]
         steps = official_size(dataset_name)[1]
         bar = tqdm(total=len(jobs) * steps, initial=(len(jobs) - len(missing)) * steps, unit="step",
                    unit_scale=True, desc=f"collecting {dataset_name}", **PROGRESS)
-        workers = max(1, min(workers or cores(), len(missing)))
-        with worker_context() as context, bar, ProcessPoolExecutor(workers, context) as pool:
-            tasks = [pool.submit(write_episode, dataset_name, seed, *j, files[j]) for j in missing]
-            try:
-                for task in as_completed(tasks):
-                    task.result()
-                    bar.update(steps)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        collect = functools.partial(write_episode, dataset_name, seed)
+        with worker_context() as context:
+            pool = ProcessPoolExecutor(workers or cores(), context, initializer=follow_the_parent)
+            episodes_made = pool.map(collect, *zip(*missing))
+        with bar, pool, contextlib.closing(episodes_made):  # which calls off those that wait
+            for _ in episodes_made:
+                bar.update(steps)
         for split, target in (("val", path.with_name(f"{path.stem}-val.npz")), ("train", path)):
-            parts = [dict(np.load(files[job])) for job in jobs if job[0] == split]
+            parts = [dict(np.load(files[split, i])) for i in range(counts[split])]
             arrays = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             write_atomically(target, functools.partial(np.savez, **arrays))
-        origin = dict(
-            origin="collected", dataset=dataset_name, episodes=episodes, collect_seed=seed,
-            sha256=file_hash(path), recipe="OGBench scripted oracle",
-            **versions("ogbench", "mujoco"))
+        origin = dict(origin="collected", dataset=dataset_name, episodes=episodes,
+                      collect_seed=seed, sha256=file_hash(path), **versions("ogbench", "mujoco"))
         write_atomically(path.with_suffix(".json"), json.dumps(origin, indent=1).encode())
         shutil.rmtree(partial)
     return path
@@ -841,42 +811,44 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
 
 # -------------------------------------------------------------------------------------- evaluation
 # Whole episodes in parallel processes, each decided by a seed, none counted twice or cut short. A
-# copier needs `Evaluator`, and `make_chunked_env` to see what a step of it is.
+# copier needs `Evaluator`, and `ChunkedEpisode` to see what a step of it is.
+
+SCORES = ("success", "return", "length")
+
+
+class ChunkedEpisode(gymnasium.Wrapper):
+    """One step executes a chunk [c*d] open loop, up to the episode's end; after it, steps do
+    nothing."""
+
+    def __init__(self, env, chunk_length: int):
+        super().__init__(env)
+        self.chunk_length, (action_dim,) = chunk_length, env.action_space.shape
+        self.action_space = gymnasium.spaces.Box(-1, 1, (chunk_length * action_dim,))
+
+    def reset(self, **kwargs):
+        observation, _ = self.env.reset(**kwargs)
+        self.result = observation, 0.0, False, False, {"success": math.nan}
+        return observation, {}
+
+    def step(self, chunk: np.ndarray):
+        observation, _, terminated, truncated, info = self.result
+        total, steps = 0.0, 0
+        for action in chunk.reshape(self.chunk_length, -1):
+            if terminated or truncated:
+                break
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total, steps = total + float(reward), steps + 1
+        info = {"success": float(info.get("success", math.nan)), "steps": steps}
+        self.result = observation, total, terminated, truncated, info
+        return self.result
 
 
 def make_chunked_env(env_id: str, chunk_length: int, own: Callable | None = None):
-    """The environment of a worker process: one step executes a chunk [c*d] open loop, up to the
-    episode's end; after it, steps do nothing. own: makes a task that was registered."""
-    import gymnasium
-
-    if own and env_id not in TASKS:  # Gymnasium calls this in the program's own process too
-        register_task(env_id, own, None)
-
+    """The environment of a worker process. own: as for `make_env`."""
     follow_the_parent()
     if multiprocessing.parent_process():  # a cluster sends SIGTERM to all: evaluations end first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    class ChunkedEpisode(gymnasium.Wrapper):
-        def reset(self, **kwargs):
-            observation, _ = self.env.reset(**kwargs)
-            self.result = (observation, 0.0, False, False, {"success": math.nan, "steps": 0})
-            return observation, {}
-
-        def step(self, chunk: np.ndarray):
-            observation, _, terminated, truncated, info = self.result
-            total, steps = 0.0, 0
-            for action in chunk.reshape(chunk_length, -1):
-                if terminated or truncated:
-                    break
-                observation, reward, terminated, truncated, info = self.env.step(action)
-                total, steps = total + float(reward), steps + 1
-            info = {"success": float(info.get("success", math.nan)), "steps": steps}
-            self.result = (observation, total, terminated, truncated, info)
-            return self.result
-
-    env = ChunkedEpisode(make_env(env_id))
-    env.action_space = gymnasium.spaces.Box(-1, 1, (chunk_length * env.action_space.shape[0],))
-    return env
+    return ChunkedEpisode(make_env(env_id, own), chunk_length)
 
 
 class Evaluator:
@@ -885,20 +857,19 @@ class Evaluator:
     Episode i of N = `episodes` is the same one each time: its start, and the noise [noise_dim] of
     each of its policy's chunks of `chunk_length` actions, come from (seed, i). All are played to
     their end, so that short ones do not count more. `device` is the policy's.
+
+    Attributes: played, the newest evaluation's episodes, (seed, executed chunks [n, c*d]) each.
     """
 
     def __init__(self, env_id: str, chunk_length: int, episodes: int, seed: int, noise_dim: int,
                  device: torch.device | str = "cpu"):
-        import gymnasium
-
-        self.env_id, self.chunk_length, self.episodes = env_id, chunk_length, episodes
-        self.noise_dim, self.device = noise_dim, device
+        self.noise_dim, self.device, self.played = noise_dim, device, []
         entropy = [np.random.SeedSequence([seed, i]) for i in range(episodes)]
         self.seeds = [int(sequence.generate_state(1)[0]) for sequence in entropy]
         own, _ = TASKS.get(env_id, (None, None))
         maker = functools.partial(make_chunked_env, env_id, chunk_length, own)
+        makers = [maker] * max(1, min(episodes, 4 * cores(), total_memory() // 2**30))
         with worker_context():
-            makers = [maker] * max(1, min(episodes, 4 * cores(), total_memory() // 2**30))
             self.envs = gymnasium.vector.AsyncVectorEnv(
                 makers, context="forkserver", autoreset_mode="Disabled")
 
@@ -909,45 +880,41 @@ class Evaluator:
         policy: (observation [n, O], normal noise [n, samples, noise_dim]) on the device -> action
             chunks [n, c*d], for n environments at once. Raises NotFinite.
         """
-        slots = np.full(self.envs.num_envs, -1)  # the episode each environment plays, -1: none
-        waiting = list(range(self.episodes))[::-1]
-        noise = [np.random.default_rng([seed, 1]) for seed in self.seeds]
-        results = {key: np.zeros(self.episodes) for key in ("success", "return", "length")}
-        self.executed = [[] for _ in range(self.episodes)]  # their chunks, to film them
+        self.played, results, width = [], [], self.envs.num_envs
+        for first in range(0, len(self.seeds), width):  # as many episodes as there are processes
+            seeds = self.seeds[first : first + width]
+            results.append(self.play(policy, samples, seeds)[:, : len(seeds)])
+        scores = {"episodes": len(self.seeds)}
+        for key, values in zip(SCORES, np.concatenate(results, axis=1)):
+            if np.isfinite(values).all():
+                scores[key] = float(values.mean())
+                if len(values) > 1:
+                    scores[f"{key}_stderr"] = float(values.std(ddof=1) / np.sqrt(len(values)))
+        return scores
+
+    def play(self, policy: Callable, samples: int, seeds: list[int]) -> np.ndarray:
+        """Play the episodes of some seeds, side by side -> success, return and length of each."""
+        width, executed = self.envs.num_envs, []
+        playing = np.arange(width) < len(seeds)
+        noise = [np.random.default_rng([seed, 1]) for seed in seeds]
+        filled = seeds + [0] * (width - len(seeds))  # for processes that are left out
+        observation, _ = self.envs.reset(seed=filled, options={"reset_mask": playing.copy()})
+        returns, lengths = np.zeros(width), np.zeros(width)
         send = functools.partial(torch.tensor, dtype=torch.float32, device=self.device)
-        while True:
-            start = np.zeros(len(slots), dtype=bool)
-            for slot in np.flatnonzero(slots < 0)[: len(waiting)]:
-                slots[slot], start[slot] = waiting.pop(), True
-            if start.any():
-                seeds = [self.seeds[episode] for episode in slots]
-                observation, _ = self.envs.reset(seed=seeds, options={"reset_mask": start})
-            playing = np.flatnonzero(slots >= 0)
-            if not len(playing):
-                break
+        while playing.any():
             size = samples, self.noise_dim
-            draws = [noise[episode].standard_normal(size, np.float32) for episode in slots[playing]]
+            draws = [noise[i].standard_normal(size, np.float32) for i in np.flatnonzero(playing)]
             chunks = np.zeros(self.envs.action_space.shape, dtype=np.float32)
             actions = policy(send(observation[playing]), send(np.stack(draws)))
             chunks[playing] = actions.numpy(force=True)
             require_finite("an action in the evaluation", chunks)
             observation, reward, terminated, truncated, info = self.envs.step(chunks)
             require_finite("an observation in the evaluation", observation[playing])
-            for slot in playing:
-                episode = slots[slot]
-                results["return"][episode] += reward[slot]
-                results["length"][episode] += info["steps"][slot]
-                results["success"][episode] = info["success"][slot]
-                self.executed[episode].append(chunks[slot])
-                if terminated[slot] or truncated[slot]:
-                    slots[slot] = -1
-        scores = {}
-        for key, values in results.items():
-            if np.isfinite(values).all():
-                scores[key] = float(values.mean())
-                if self.episodes > 1:
-                    scores[f"{key}_stderr"] = float(values.std(ddof=1) / np.sqrt(self.episodes))
-        return scores | {"episodes": self.episodes}
+            executed.append(chunks)
+            returns, lengths = returns + reward, lengths + info["steps"]
+            playing &= ~(terminated | truncated)
+        self.played += zip(seeds, np.stack(executed, axis=1))
+        return np.stack([info["success"], returns, lengths])
 
     def close(self, at_once: bool = False):
         """End the worker processes; at_once: in the middle of what they do."""
@@ -961,48 +928,34 @@ class Evaluator:
 def film(env_id: str, chunk_length: int, episodes: list, folder: Path, prefix: str) -> str:
     """Play recorded episodes, (seed, chunks [n, c*d]) each, under Gymnasium's recorder -> "", or
     what went wrong. In a process of its own: a renderer that is missing or crashes does no harm."""
-    import cloudpickle
-
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    own = cloudpickle.dumps(TASKS.get(env_id, [None])[0])
-    words = sender, env_id, own, chunk_length, episodes, str(folder), prefix
-    with worker_context("spawn") as context:
-        process = context.Process(target=film_here, args=words)
-        process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        return "the renderer crashed"
-    finally:
-        process.join()
+    own, _ = TASKS.get(env_id, (None, None))
+    words = env_id, own, chunk_length, episodes, str(folder), prefix
+    job = gymnasium.vector.utils.CloudpickleWrapper(functools.partial(film_here, *words))
+    with worker_context() as context:
+        pool = ProcessPoolExecutor(1, context)
+        played = pool.submit(job)
+    with pool:
+        error = played.exception()
+    return f"{type(error).__name__}: {one_line(error)}" if error else ""
 
 
-def film_here(sender, env_id: str, own: bytes, chunk_length: int, episodes, folder, prefix):
-    """`film`, in its process. own: as for `make_chunked_env`, pickled."""
-    try:
-        if own := pickle.loads(own):
-            register_task(env_id, own, None)
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        import ogbench  # noqa: F401 (with a renderer)
-        from gymnasium.wrappers import RecordVideo
-
-        size = {} if env_id in TASKS else dict(width=240, height=240)
-        env = make_env(env_id, render_mode="rgb_array", **size)
-        env.reset()
-        env.render()
-        if episodes:
-            env = RecordVideo(env, folder, episode_trigger=lambda _: True, name_prefix=prefix)
-        for seed, chunks in episodes:
-            env.reset(seed=seed)
-            for action in chunks.reshape(len(chunks) * chunk_length, -1):
-                if any(env.step(action)[2:4]):
-                    break
-        env.close()
-        sender.send("")
-    except Exception as error:
-        sender.send(f"{type(error).__name__}: {one_line(error)}")
+def film_here(env_id: str, own: Callable | None, chunk_length: int, episodes, folder, prefix):
+    """`film`, in its process. own: as for `make_env`."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    size = {} if own else dict(width=240, height=240)
+    env = make_env(env_id, own, render_mode="rgb_array", **size)
+    env.reset()
+    env.render()
+    if episodes:
+        env = gymnasium.wrappers.RecordVideo(
+            env, folder, episode_trigger=lambda _: True, name_prefix=prefix)
+    for seed, chunks in episodes:
+        env.reset(seed=seed)
+        for action in chunks.reshape(len(chunks) * chunk_length, -1):
+            if any(env.step(action)[2:4]):
+                break
+    env.close()
 
 
 # --------------------------------------------------------------------------------------- run files
@@ -1084,22 +1037,20 @@ class RunArgs:
         """Make paths absolute. Raise UserError for settings that are out of range."""
         for name in ("run_dir", "dataset_path", "dataset_dir", "bc_checkpoint", "checkpoint"):
             path = getattr(self, name)
-            try:
+            if not path or name == "dataset_dir" and self.dataset_path:
+                continue  # it is not used
+            with telling(f"{flag_of(name)} {path[:200]!a}", "write another path"):
                 path.encode()
                 absolute = Path(path).expanduser().absolute()
                 absolute.exists()  # which raises for a path that cannot be
-                setattr(self, name, path and str(absolute))
-            except (UnicodeError, RuntimeError, ValueError, OSError) as error:
-                if name != "dataset_dir" or not self.dataset_path:  # which makes it unused
-                    words = f"{flag_of(name)} {path[:200]!a}: {one_line(error)}"
-                    raise UserError(f"{words}; write another path") from error
+            setattr(self, name, str(absolute))
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for allowed in getattr(hint, "__metadata__", ()):
                 if isinstance(allowed, Range) and value is not None:
                     numbers = value if isinstance(value, tuple) else (value,)
-                    if not numbers or not all(map(allowed.holds, numbers)):
-                        raise UserError(f"{flag_of(name)} must be {allowed.words}, not {value}")
+                    require(numbers and all(map(allowed.holds, numbers)),
+                            f"{flag_of(name)} must be {allowed.words}, not {value}")
         require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device),
                 f"--device must be auto, cpu, cuda or cuda:N, not {self.device}")
         if self.env_id not in TASKS:
@@ -1123,37 +1074,36 @@ def parse_args(script: str, args_class: type, settings: Callable) -> Any:
     new run, over `settings(args)` (of preset and domain), and those over the defaults. Raises
     UserError."""
     args = tyro.cli(args_class)
-    if args.resume and not args.run_dir:
-        raise UserError("--resume needs --run-dir, the folder of the run to continue")
-    starts = bool(args.checkpoint) and not args.eval_only and not args.resume
-    if args.eval_only and not args.checkpoint or starts and not args_class.starts_from:
-        raise UserError("--eval-only and --checkpoint go together: the one evaluates the other")
-    if starts and args.bc_checkpoint:
-        raise UserError("--checkpoint and --bc-checkpoint: a run starts from one; leave one out")
-    if args.resume or args.checkpoint:
-        flag, path, kind = source_of(script, args)
-        stored = read_checkpoint(path, kind, flag)["args"]
+    if source := source_of(script, args):
+        starts = not args.resume and not args.eval_only
+        require(not (starts and args.bc_checkpoint),
+                "--checkpoint and --bc-checkpoint: a run starts from one; leave one out")
+        stored = read_checkpoint(*source)["args"]
         fields = {field.name for field in dataclasses.fields(args_class)}
         fields -= set() if args.resume else OF_A_SITTING
         kept = {key: stored[key] for key in fields & stored.keys()}
         # What a script that starts from another's checkpoint has of its own, its preset sets.
         own = settings(args_class(**kept)) if starts else {}
-        default = args_class(**{**own, **kept})
-        return tyro.cli(args_class, default=default)
+        return tyro.cli(args_class, default=args_class(**{**own, **kept}))
     for _ in range(2):  # the preset decides the environment, the environment its domain's settings
         args = tyro.cli(args_class, default=args_class(**{"preset": args.preset, **settings(args)}))
     return args
 
 
-def source_of(script: str, args) -> tuple[str, Path, str]:
-    """(flag, file, kind) of the checkpoint that a run resumes, starts from or evaluates."""
-    if not args.resume:
-        kind = script if args.eval_only else type(args).starts_from
-        return "--checkpoint", Path(args.checkpoint).expanduser(), kind
-    newest, previous = (Path(args.run_dir).expanduser() / name for name in CHECKPOINTS)
-    if not newest.exists() and not previous.exists():
-        raise UserError(f"--resume: {newest.parent} holds no run; leave it out to start one there")
-    return "--resume", newest if newest.exists() else previous, script
+def source_of(script: str, args) -> tuple[Path, str, str] | None:
+    """What `read_checkpoint` takes, where a run resumes, evaluates or starts from a checkpoint."""
+    if args.resume:
+        require(args.run_dir, "--resume needs --run-dir, the folder of the run to continue")
+        newest, previous = (Path(args.run_dir).expanduser() / name for name in CHECKPOINTS)
+        require(newest.exists() or previous.exists(),
+                f"--resume: {newest.parent} holds no run; leave it out to start one there")
+        return newest if newest.exists() else previous, script, "--resume"
+    if not args.eval_only and not args.checkpoint:
+        return None
+    kind = script if args.eval_only else type(args).starts_from
+    require(args.checkpoint and kind,
+            "--eval-only and --checkpoint go together: the one evaluates the other")
+    return Path(args.checkpoint).expanduser(), kind, "--checkpoint"
 
 
 def run_script(file: str, main: Callable, args_class: type, settings: Callable):
@@ -1185,55 +1135,51 @@ def read_checkpoint(path: Path, kind: str, flag: str) -> dict[str, Any]:
     """A checkpoint as plain data and finite tensors on the CPU; nothing in it is executed. `kind`:
     the script that must have written it, or "bc". Raises UserError, naming `flag`, where it cannot
     be read or is another one, and says so where the one before it is whole."""
-    if not path.is_file():
-        raise UserError(f"{flag}: {path} {'is no file' if path.exists() else 'does not exist'}")
+    require(path.exists(), f"{flag}: {path} does not exist")
+    require(path.is_file(), f"{flag}: {path} is no file")
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch reads a flipped bit as a number
-                raise ValueError(f"the checksum of its {damaged} is wrong")
+            damaged = archive.testzip()  # torch reads a flipped bit as a number
+            require(not damaged, f"the checksum of its {damaged} is wrong")
         checkpoint = load_tensors(path)
         found, _ = checkpoint["kind"], checkpoint["args"].keys()
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged file can raise nearly anything
         older, way = path.with_name(CHECKPOINTS[1]), "use another"
-        if path.name == CHECKPOINTS[0] and older.exists():
+        if path.name == CHECKPOINTS[0]:
             with contextlib.suppress(UserError):
                 read_checkpoint(older, kind, flag)
                 way = f"{older} is whole: to go on from there, rename it to {path.name}"
         words = f"{flag}: {path} is damaged or no checkpoint ({one_line(error)}); {way}"
         raise UserError(words) from error
-    what = f"{flag}: {path} is a checkpoint of {found!r}"
-    require(found == kind, f"{what}; one of {kind!r} is needed")
+    require(found == kind,
+            f"{flag}: {path} is a checkpoint of {found!r}; one of {kind!r} is needed")
     return checkpoint
 
 
 def load_tensors(file: Any) -> dict[str, Any]:
     """What torch.save wrote, of plain data, paths and finite tensors. Raises nearly anything."""
-    with torch.serialization.safe_globals([pathlib.PosixPath]):
+    with torch.serialization.safe_globals([PosixPath]):
         content = torch.load(file, map_location="cpu", weights_only=True)
-    nested = [("its content", content)]
+    nested = [("content", content)]
     for name, value in nested:
         if isinstance(value, dict):
-            nested += [(f"its {key}", x) for key, x in value.items()]
+            nested += value.items()
         elif isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.untyped_storage().nbytes() < value.nbytes:
-                raise ValueError(f"{name} is no plain tensor")
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{name} is not finite")
+            plain = value.layout == torch.strided
+            require(plain and value.untyped_storage().nbytes() >= value.nbytes,
+                    f"its {name} is no plain tensor")
+            require_finite(name, value)
     return content
 
 
 def write_checkpoint(path: Path, content: dict[str, Any], previous: Path | None = None):
-    """Write a checkpoint. Raises UserError for what could not be read back."""
+    """Write a checkpoint. Raises UserError for what could not be read back, and NotFinite."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     buffer.seek(0)
-    try:
+    with telling(f"{path}: it could not be read back",
+                 "checkpoints hold tensors, numbers, texts, paths and their containers"):
         load_tensors(buffer)
-    except Exception as error:
-        words = "it could not be read back; checkpoints hold tensors, numbers, texts, paths and "
-        raise UserError(f"{path}: {words}their containers ({one_line(error)})") from error
     write_atomically(path, buffer.getbuffer(), previous)
 
 
@@ -1250,6 +1196,12 @@ def restore_state(value: Any, state: Any):
         value.load_state_dict({**value.state_dict(), "state": state["state"]})
     else:
         value.load_state_dict(state)
+
+
+def fitting(what: str):
+    """`telling` where what a checkpoint holds does not fit."""
+    return telling(f"{what} is damaged, or does not fit this run's networks, data or environment",
+                   "use another")
 
 
 class Run:
@@ -1273,38 +1225,35 @@ class Run:
         self.script, self.args = Path(file).stem, args
         self.device = choose_device(args.device, args.num_threads, args.tf32)
         env = unplayed_env(args.env_id)
-        self.observation_dim = env.observation_space.shape[0]
-        self.action_dim = env.action_space.shape[0]
-        if args.track and importlib.util.find_spec("wandb") is None:
-            raise UserError("--track needs Weights & Biases: pip install wandb")
-        self.objects, self.state, self.done, self.data, self.config = {}, {}, {}, None, None
-        self.rows, self.stage = {"train.csv": [], "eval.csv": []}, ""
-        self.evaluator = self.writer = self.lock = self.wandb_id = None
-        self.stopping, self.begun = 0, False
-        self.began, self.seconds = time.perf_counter(), 0.0  # seconds: of earlier sittings
+        (self.observation_dim,) = env.observation_space.shape
+        (self.action_dim,) = env.action_space.shape
+        require(not args.track or importlib.util.find_spec("wandb"),
+                "--track needs Weights & Biases: pip install wandb")
+        self.objects, self.state, self.done, self.data = {}, {}, {}, None
+        self.rows, self.sittings = {"train.csv": [], "eval.csv": []}, []
+        self.writer = self.lock = self.wandb_id = None
+        self.stopping, self.seconds, self.began = 0, 0.0, time.perf_counter()  # of this sitting
         name = f"{args.env_id}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         numbered = (Path("runs", name + f"-{n}" * bool(n)).absolute() for n in itertools.count())
         self.path = Path(args.run_dir or next(path for path in numbered if not path.exists()))
-        if args.resume or args.checkpoint:
-            self.go_on_from(*source_of(self.script, args))
-        # A run that was killed at once leaves hidden files alone.
-        empty = self.path.is_dir() and all(file.name[0] == "." for file in self.path.iterdir())
-        require(args.resume or args.eval_only or empty or not self.path.exists(),
-                f"--run-dir: {self.path} is not empty; name another folder, or continue its run "
-                "with --resume")
+        if source := source_of(self.script, args):
+            self.go_on_from(*source)
+        used = any(self.path.glob("[!.]*"))  # a run that was killed at once leaves hidden files
+        require(args.resume or args.eval_only or not used, f"--run-dir: {self.path} is not empty; "
+                "name another folder, or continue its run with --resume")
 
-    def go_on_from(self, flag: str, path: Path, kind: str):
+    def go_on_from(self, path: Path, kind: str, flag: str):
         """Take over the checkpoint that this run resumes, starts from or evaluates."""
         stored, self.source = read_checkpoint(path, kind, flag), f"{flag}: {path}"
         resumes, given = self.args.resume, vars(self.args)
-        with self.fitting(self.source, "content"):
+        with fitting(f"{self.source}: its content"):
             there = stored["args"]["env_id"]
             require(domain_of(there) == domain_of(self.args.env_id),
                     f"{self.source} is of {there}, not of {self.args.env_id}'s domain")
             for key, value in stored["args"].items():
-                if resumes and key not in RESUME_MAY_CHANGE and given.get(key, value) != value:
-                    raise UserError(f"{self.source} has {flag_of(key)} {value}, which {given[key]} "
-                                    "cannot replace; leave that flag out")
+                require(not resumes or key in RESUME_MAY_CHANGE or given.get(key, value) == value,
+                        f"{self.source} has {flag_of(key)} {value}, which {given.get(key)} cannot "
+                        "replace; leave that flag out")
             *over, _ = [*stored["done"]] or [""]
             for stage, steps in {} if self.args.eval_only else stored["done"].items():
                 asked = given[f"{stage}_steps"]
@@ -1315,25 +1264,13 @@ class Run:
             require(same or not resumes or not stored["state"],
                     f"{self.source}: the run began on {stored['device']}, and only there goes on "
                     f"exactly; use --device {stored['device']}")
-            self.done, self.state = dict(stored["done"]), dict(stored["state"])
-            self.data = stored["data"]
+            self.done, self.state, self.data = stored["done"], stored["state"], stored["data"]
             self.rows = {name: [dict(row) for row in stored["rows"][name]] for name in self.rows}
             if resumes:
                 self.seconds, self.wandb_id = float(stored["seconds"]), stored["wandb_id"]
+                self.sittings = stored["sittings"]
             elif not same:
                 self.state.pop("generator", None)  # that of another kind cannot go on here
-
-    @contextlib.contextmanager
-    def fitting(self, source: str, name: str):
-        """UserError where what a checkpoint holds does not fit."""
-        try:
-            yield
-        except UserError as error:
-            raise type(error)(f"{source}: {error}") if type(error) is NotFinite else error from None
-        except Exception as error:  # what a file holds can raise nearly anything
-            words = "is damaged, or does not fit this run's networks, data or environment"
-            said = f"{source}: its {name} {words} ({one_line(error)}); use another"
-            raise UserError(said) from error
 
     def restore(self, **objects):
         """Name what checkpoints hold: objects with a state_dict, or generators; where the run goes
@@ -1341,14 +1278,14 @@ class Run:
         self.objects |= objects
         for name, value in objects.items():
             if name in self.state:
-                with self.fitting(self.source, name):
+                with fitting(f"{self.source}: its {name}"):
                     restore_state(value, self.state.pop(name))
 
     def load_clone(self, clone: torch.nn.Module):
         """Take over the cloned policy of args.bc_checkpoint. Raises UserError."""
         source = f"--bc-checkpoint: {self.args.bc_checkpoint}"
         stored = read_checkpoint(Path(self.args.bc_checkpoint), "bc", "--bc-checkpoint")
-        with self.fitting(source, "policy"):
+        with fitting(f"{source}: its policy"):
             there, here = stored["domain"], domain_of(self.args.env_id)
             require(there == here, f"{source} is of domain {there}, but this run is of {here}")
             clone.load_state_dict(stored["state"])
@@ -1358,116 +1295,104 @@ class Run:
 
     def __exit__(self, kind, error, _):
         self.listen(False)
-        if self.evaluator:
+        if "evaluator" in vars(self):
             self.evaluator.close(at_once=kind is not None)
         with contextlib.suppress(OSError if error else ()):  # of a full disk, which has been told
             for part in (self.writer, self.lock):
                 if part:
                     part.close()
-        if (kind is KeyboardInterrupt or self.stopping) and self.lock:
-            print(f"\nstopped; continue with --run-dir {self.path} --resume", file=sys.stderr)
+        if kind is KeyboardInterrupt or self.stopping:
+            way = f"--run-dir {self.path} --resume" if self.lock else "the same command"
+            print(f"\nstopped; continue with {way}", file=sys.stderr)
         if isinstance(error, NotFinite):
-            raise UserError(f"{error}: training or the simulation diverged; {self.way_out()}")
+            stage, step = self.newest()
+            kept = self.path / CHECKPOINTS[0]
+            before = f"{kept} is" if kept.exists() else "no checkpoint is"
+            raise UserError(f"{error} at step {step} of {stage}: training diverged, or the "
+                            "simulation; try a lower --learning-rate in a new run "
+                            f"({before} from before it)")
 
     def open(self):
-        """Make the folder, or open the one to resume: from here on the run can be resumed."""
-        if self.lock:
-            return
+        """Make the folder, or open the one to resume, and say what is trained on what."""
+        args = self.args
         self.try_needs()
         make_folder(self.path, "--run-dir")
         self.lock = lock_file(self.path / ".lock", wait=False)
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         hardware = dict(cpu=cpu_name(), cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
-        commit = git_commit(sys.modules[type(self.args).__module__])
-        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=commit,
+        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=git_commit(),
                        hardware=hardware)
-        earlier = []
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            earlier = [*json.loads((self.path / "config.json").read_text())["sittings"]]
-        packages = versions("torch", "numpy", "ogbench", "gymnasium", "mujoco")
-        packages |= dict(python=platform.python_version(), platform=platform.platform())
+        self.sittings.append(sitting)
         if not any((self.path / name).exists() for name in CHECKPOINTS):
             self.save()  # first of all: a run that is killed from here on can be resumed
-        self.record(script=self.script, args=vars(self.args), dataset=self.data, **sitting,
-                    versions=packages, sittings=[*earlier, sitting])
+        packages = versions("torch", "numpy", "ogbench", "gymnasium", "mujoco")
+        packages |= dict(python=platform.python_version(), platform=platform.platform())
+        config = dict(script=self.script, args=vars(args), dataset=self.data, **sitting,
+                      versions=packages, sittings=self.sittings)
+        text = json.dumps(config, indent=1, default=str)
+        write_atomically(self.path / "config.json", text.encode())
         for name in self.rows:
             self.write_table(name)  # which heals a damaged one, and drops rows that come again
-        if self.args.track:
+        if args.track:
             import wandb
 
-            own = dict(project="trqam", name=self.path.name)  # W&B's own variables win over these
-            own = {key: x for key, x in own.items() if f"WANDB_{key.upper()}" not in os.environ}
-            run = wandb.init(**own, id=self.wandb_id, resume="allow", config=vars(self.args),
-                             sync_tensorboard=True)
+            environ = os.environ.get  # whose variables win
+            run = wandb.init(
+                project=environ("WANDB_PROJECT", "trqam"), id=self.wandb_id, resume="allow",
+                name=environ("WANDB_NAME", self.path.name), config=vars(args),
+                sync_tensorboard=True)
             self.wandb_id = run.id
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = sum(self.done.values()) + 1 if self.args.resume else None
+        purge = sum(self.done.values()) + 1 if args.resume else None
         self.writer = SummaryWriter(str(self.path), purge_step=purge)
-        lines = "".join(f"|{key}|{value}|\n" for key, value in vars(self.args).items())
-        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{lines}")
+        self.writer.add_text("config.json", f"<pre>{text}</pre>")
+        print(f"run: {self.path}")
+        print("settings:", ", ".join(f"{key} {x}" for key, x in vars(args).items() if x != ""))
+        share = self.data["success_fraction"]
+        print(f"data: {describe_dataset(self.data)}; the task is done in {share:.2%} of its rows")
+        if not share and args.env_id not in TASKS:
+            print("note: no row of the data solves this task, so its reward is never the highest")
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        args = self.args
+        return Evaluator(args.env_id, args.chunk_length, args.eval_episodes, args.seed,
+                         self.objects["agent"].noise_dim, self.device)
 
     def try_needs(self):
         """Try what a run needs only later, before long work. Raises UserError."""
         parent = next(path for path in (self.path, *self.path.parents) if path.exists())
-        weights = [x for x in self.objects.get("agent", torch.nn.Module()).parameters()]
+        make_folder(parent, "--run-dir")
+        weights = self.objects["agent"].parameters()
         need = 8 * sum(x.numel() * x.element_size() for x in weights)  # two, each with moments
         require(shutil.disk_usage(parent).free > need, f"--run-dir: {parent} has no room for two "
                 f"checkpoints of {need / 2**31:.1f} GiB; name another folder")
-        try:
-            with worker_context() as context:
-                process = context.Process(target=follow_the_parent)
-                process.start()
-            process.join()
-            require(process.exitcode == 0, f"worker processes fail (exit {process.exitcode})")
-        except OSError as error:
-            raise UserError(f"worker processes cannot be started: {one_line(error)}") from error
         if self.args.capture_video:
             said = film(self.args.env_id, self.args.chunk_length, [], self.path, "")
             require(not said, f"--capture-video: no renderer works here ({said}); install EGL "
                     "(libegl1) or leave it out")
-
-    def record(self, **facts):
-        """Add facts to config.json."""
-        self.config = (self.config or {}) | facts
-        content = json.dumps(self.config, indent=1, default=str)
-        write_atomically(self.path / "config.json", content.encode())
+        self.evaluator  # noqa: B018 (its worker processes start)
 
     def load_dataset(self) -> ChunkDataset:
         """`load_dataset` with this run's settings. Raises UserError."""
         args, began = self.args, self.data if self.args.resume else None
         if args.collect_episodes and not args.dataset_path and args.env_id not in TASKS:
-            name = split_env_id(args.env_id)[1]
-            rows = args.collect_episodes * (official_size(name)[1] - 1)
+            _, steps = official_size(split_env_id(args.env_id)[1])
+            rows = args.collect_episodes * (steps - 1)
             require(max(args.batch_size, args.chunk_length) <= rows, "--batch-size and "
                     f"--chunk-length must be at most the {rows} transitions that are collected")
-            path = collected_path(name, args.collect_episodes, args.collect_seed, args.dataset_dir)
-            if can_collect(name) and not path.exists():
-                make_folder(path.parent, "--dataset-dir")
-                self.open()  # collecting is long; what is there is checked before a folder is made
+            self.try_needs()  # collecting is long
+        names = "chunk_length gamma dataset_path dataset_dir collect_episodes collect_seed".split()
         dataset, self.data = load_dataset(
-            args.env_id, chunk_length=args.chunk_length, gamma=args.gamma,
-            sparse=args.sparse_reward, device=self.device, dataset_path=args.dataset_path,
-            dataset_dir=args.dataset_dir, collect_episodes=args.collect_episodes,
-            collect_seed=args.collect_seed)
+            args.env_id, sparse=args.sparse_reward, device=self.device,
+            **{name: getattr(args, name) for name in names})
         require(args.batch_size <= dataset.size, f"--batch-size {args.batch_size} is larger than "
                 f"the dataset's {dataset.size} transitions")
         if began and began["sha256"] != self.data["sha256"]:
             raise UserError(f"--resume: the run began on {describe_dataset(began)}, and this is "
                             f"{describe_dataset(self.data)}")
         return dataset
-
-    def begin(self):
-        """Open the folder, and say what is trained on what."""
-        self.begun = True
-        self.open()
-        self.record(dataset=self.data)
-        print(f"run: {self.path}")
-        print("settings:", ", ".join(f"{key} {x}" for key, x in vars(self.args).items() if x != ""))
-        share = self.data["success_fraction"]
-        print(f"data: {describe_dataset(self.data)}; the task is done in {share:.2%} of its rows")
-        if not share and self.args.env_id not in TASKS:
-            print("note: no row of the data solves this task, so its reward is never the highest")
 
     def enters(self, stage: str) -> bool:
         """Whether a stage begins now, and had not before this run was resumed."""
@@ -1478,8 +1403,8 @@ class Run:
     def steps(self, stage: str, total: int):
         """The numbers of a stage's steps that are left, up to `total`; call `after` at the end of
         each. Meanwhile a first Ctrl-C or SIGTERM only asks to save and stop."""
-        if not self.begun:
-            self.begin()
+        if not self.lock:
+            self.open()
         self.enters(stage)
         if stage != [*self.done][-1]:
             return  # it is over
@@ -1510,33 +1435,16 @@ class Run:
         stage's last step is not saved: what begins after it calls `evaluate_and_save`."""
         args, step, last = self.args, self.done[self.stage], self.done[self.stage] == self.total
         if last or step % args.log_interval == 0:
-            self.log(statistics)
+            for name, number in statistics.items():
+                require_finite(name, number)
+            (then, before), now = self.logged, time.perf_counter()
+            self.logged = now, step
+            rate = {"charts/SPS": (step - before) / (now - then)}
+            self.append("train.csv", self.stage, step, statistics | rate)
         if policy and (last or step % args.eval_interval == 0):
             self.evaluate_and_save(policy)
         elif not last and (step % args.checkpoint_interval == 0 or self.stopping):
             self.save()
-
-    def check_finite(self, numbers: dict[str, Any]):
-        """Raise UserError, with its name and step, for the first that is not finite. Waits for the
-        device."""
-        for name, x in numbers.items():
-            if not torch.isfinite(torch.as_tensor(x)).all():
-                where = f"{name} is not finite at step {self.done[self.stage]} of {self.stage}"
-                raise UserError(f"{where}: training diverged; {self.way_out()}")
-
-    def way_out(self) -> str:
-        """What to do after something was not finite, in words."""
-        kept = self.path / CHECKPOINTS[0]
-        before = f"{kept} is" if kept.exists() else "no checkpoint is"
-        return f"try a lower --learning-rate in a new run ({before} from before it)"
-
-    def log(self, statistics: dict[str, Any]):
-        """Write a row of train.csv for the newest step. Waits for the device."""
-        self.check_finite(statistics)
-        (then, before), step = self.logged, self.done[self.stage]
-        self.logged = now, _ = time.perf_counter(), step
-        row = statistics | {"charts/SPS": (step - before) / (now - then)}
-        self.append("train.csv", self.stage, step, row)
 
     def append(self, name: str, stage: str, step: int, numbers: dict[str, Any]):
         """Add a row to a table and to TensorBoard; a new column stays empty in the earlier rows."""
@@ -1566,44 +1474,27 @@ class Run:
     def evaluate_and_save(self, policy: Callable):
         """Evaluate a policy (see `Evaluator`) for eval.csv and the learning curve; save."""
         paused = time.perf_counter()
-        stage, step = self.newest()
-        scores = self.evaluate(policy, f"at step {step} of {stage}, ")
-        self.append("eval.csv", stage, step, scores)
-        if self.stage:
-            self.bar.set_postfix({key: f"{scores[key]:.2f}" for key in SCORES[:2] if key in scores})
+        scores = self.evaluator.evaluate(policy, self.args.best_of_n)
+        self.append("eval.csv", *self.newest(), scores)
+        self.bar.set_postfix({key: f"{scores[key]:.2f}" for key in SCORES[:2] if key in scores})
         self.draw()
         self.save()
-        if self.stage:  # rates leave evaluations out
-            self.logged = self.logged[0] + time.perf_counter() - paused, self.logged[1]
-
-    def evaluate(self, policy: Callable, when: str) -> dict[str, float]:
-        """Scores of `Evaluator.evaluate`. Raises NotFinite, which says when."""
-        args = self.args
-        if not self.evaluator:
-            words = args.env_id, args.chunk_length, args.eval_episodes, args.seed
-            self.evaluator = Evaluator(*words, self.objects["agent"].noise_dim, self.device)
-        try:
-            return self.evaluator.evaluate(policy, args.best_of_n)
-        except NotFinite as error:
-            raise NotFinite(f"{when}{error}") from error
+        self.logged = self.logged[0] + time.perf_counter() - paused, self.logged[1]  # not in rates
 
     def evaluate_only(self, policy: Callable):
         """Evaluate args.checkpoint's policy, print the result, and film it, if asked for."""
         require(len(self.done) > 1, f"{self.source} is of a run that was still cloning: it holds "
                 "no policy to evaluate yet")
-        scores = self.evaluate(policy, f"{self.source}: ")
+        scores = self.evaluator.evaluate(policy, self.args.best_of_n)
         print(f"{self.args.env_id}, {scores['episodes']} episodes: {show(scores)}")
         if self.args.capture_video:
             self.film(Path(self.args.checkpoint).parent)
 
     def film(self, folder: Path):
         """Film the first episodes of the last evaluation, under a name that says of which step."""
-        args, (stage, step) = self.args, self.newest()
+        args, (stage, step), folder = self.args, self.newest(), folder / "videos"
         name = f"{stage}-{step}-seed{args.seed}"
-        episodes = [(seed, np.stack(x)) for seed, x in
-                    zip(self.evaluator.seeds[:3], self.evaluator.executed)]
-        folder = folder / "videos"
-        said = film(args.env_id, args.chunk_length, episodes, folder, name)
+        said = film(args.env_id, args.chunk_length, self.evaluator.played[:3], folder, name)
         print(f"no video: {said}" if said else f"video: {folder}/{name}*.mp4")
 
     def save(self):
@@ -1612,18 +1503,16 @@ class Run:
         state = {}
         for name, x in self.objects.items() if self.done else ():
             state[name] = x.get_state() if isinstance(x, torch.Generator) else x.state_dict()
-        self.check_finite(state.get("agent", {}))
         newest, previous = (self.path / name for name in CHECKPOINTS)
         content = dict(kind=self.script, args=vars(self.args), done=self.done, rows=self.rows,
                        data=self.data, device=self.device.type, seconds=self.elapsed(),
-                       wandb_id=self.wandb_id, state=state)
+                       wandb_id=self.wandb_id, sittings=self.sittings, state=state)
         write_checkpoint(newest, content, previous)
         if self.stopping:
             sys.exit(128 + self.stopping)
 
     def save_clone(self, clone: torch.nn.Module):
         """Write bc_checkpoint.pt: the cloned policy, for all tasks of the domain, all scripts."""
-        self.check_finite(clone.state_dict())
         content = dict(kind="bc", domain=domain_of(self.args.env_id), args=vars(self.args),
                        data=self.data, state=clone.state_dict())
         write_checkpoint(self.path / "bc_checkpoint.pt", content)
@@ -1635,32 +1524,28 @@ class Run:
     def draw(self):
         """learning_curve.png: success (return, where there is none) of fine-tuning beside the
         clone's, and what was logged under trust_region/, by its name."""
-        with patch.dict(os.environ):  # which no screen's backend shall stop
-            os.environ.pop("MPLBACKEND", None)
+        with patch.dict(os.environ, MPLBACKEND="agg"):  # no screen's can stop it
             from matplotlib.figure import Figure
         figure = Figure(figsize=(12, 4), layout="constrained")
         score, region = figure.subplots(1, 2)
-        before = {"offline": 0, "online": self.done.get("offline", 0)}
+        start = {"offline": 0, "online": self.done.get("offline", 0)}  # cloning is at 0
+        place = lambda row: start[row["stage"]] + row["step"] if row["stage"] in start else 0
         evals = self.rows["eval.csv"]
-        place = [0 if row["stage"] == "bc" else before[row["stage"]] + row["step"] for row in evals]
+        train = [row for row in self.rows["train.csv"] if row["stage"] in start]
         key = next(key for key in SCORES if key in evals[-1])
-        y, e = (np.array([row.get(k, 0.0) for row in evals]) for k in (key, f"{key}_stderr"))
-        score.plot(place, y, marker="o", ms=3, label=f"{self.script} (band: standard error)")
-        score.fill_between(place, y - e, y + e, alpha=0.25, lw=0)
-        if evals[0]["stage"] == "bc":
-            score.axhline(y[0], color="0.4", ls="--", label="behaviour cloning")
-        score.set(title=f"{key}, {self.args.eval_episodes} episodes")
-        train = [row for row in self.rows["train.csv"] if row["stage"] != "bc"]
-        for key in sorted({key for row in train for key in row if key.startswith("trust_region/")}):
-            rows = [row for row in train if key in row]
-            x = [before[row["stage"]] + row["step"] for row in rows]
-            region.plot(x, [row[key] for row in rows], lw=1, label=key.partition("/")[2])
-            region.set(title="trust region", yscale="log")
+        values, errors = ([row.get(x, 0) for row in evals] for x in (key, f"{key}_stderr"))
+        score.errorbar([*map(place, evals)], values, errors, fmt="o-", ms=3, label=self.script)
+        score.axhline(values[0], color="0.4", ls="--", label="behaviour cloning")
+        score.set(title=f"{key} ± standard error, {self.args.eval_episodes} episodes")
+        regions = [(place(row), of_the_region(row)) for row in train]
+        for key in sorted(set().union(*(numbers for _, numbers in regions))):
+            points = [(x, numbers[key]) for x, numbers in regions if key in numbers]
+            region.plot(*zip(*points), lw=1, label=key)
+        region.set(title="trust region", yscale="log")
         for axis in (score, region):
             if "online" in self.done:
-                axis.axvline(before["online"], color="0.4", ls=":", label="online from here")
-            if axis.get_legend_handles_labels()[1]:
-                axis.legend(fontsize=8)
+                axis.axvline(start["online"], color="0.4", ls=":", label="online from here")
+            axis.legend(*axis.get_legend_handles_labels(), fontsize=8)
             axis.set_xlabel("fine-tuning steps")
             axis.grid(alpha=0.3)
         title = f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.data)}"
@@ -1672,20 +1557,21 @@ class Run:
         """Film the last evaluation, if asked for, and print what the run came to."""
         self.listen(False)
         if self.args.capture_video:
-            if not self.evaluator:  # resumed after its last evaluation
-                self.evaluate(policy, "")
+            if not self.evaluator.played:  # resumed after its last evaluation
+                self.evaluator.evaluate(policy, self.args.best_of_n)
             self.film(self.path)
         print(f"\n{self.args.env_id}, seed {self.args.seed}; {describe_dataset(self.data)}")
         for row in {row["stage"]: row for row in self.rows["eval.csv"]}.values():  # each one's last
             stage = {"bc": "behaviour cloning"}.get(row["stage"], f"{row['stage']} {row['step']:,}")
             print(f"{stage:20}{show(row)}")
         last = next((row for row in self.rows["train.csv"][::-1] if row["stage"] != "bc"), {})
-        region = [key for key in last if key.startswith("trust_region/")]
-        print(", ".join(f"{key.partition('/')[2]} {last[key]:.3g}" for key in region))
+        print(", ".join(f"{key} {x:.3g}" for key, x in of_the_region(last).items()))
         print(f"{self.elapsed() / 60:.1f} minutes; curve: {self.path / 'learning_curve.png'}")
 
 
-SCORES = ("success", "return", "length")
+def of_the_region(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row holds under trust_region/."""
+    return {key[13:]: x for key, x in row.items() if key.startswith("trust_region/")}
 
 
 def show(scores: dict[str, Any]) -> str:
@@ -1721,12 +1607,11 @@ def compiled(function: Callable, choice: str, updates: int, device: torch.device
     if choice == "off" or choice == "auto" and updates < WORTH_COMPILING:
         return function
     try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
-    except Exception as error:  # no compiler, none of its headers, no Triton: each in its own way
-        words = f"torch.compile does not work here ({one_line(error)})"
-        if choice == "on":
-            raise UserError(f"--compile on: {words}; install a C++ compiler") from error
-        print(f"not compiled, so slower: {words}")
+        with telling("--compile: torch.compile does not work here", "install a C++ compiler"):
+            torch.compile(torch.sin)(torch.ones(2, device=device))
+    except UserError as error:  # no compiler, none of its headers, no Triton: each in its own way
+        require(choice == "auto", str(error))
+        print(f"not compiled, so slower: {error}")
         return function
     print("the update is compiled, a minute or two before the first one (--compile off: not)")
     by_exp = {"cpp.use_decompose_tanh": True}  # on a CPU, GELU's tanh costs most after the products
@@ -1770,17 +1655,13 @@ class CudaGraph:
 
     def record(self):
         gc.collect()  # nothing that was compiled may be unloaded in the midst of recording
-        first = None  # error, which the end of the recording would hide behind its own
         try:
             with torch.cuda.graph(self.graph, stream=self.stream):
-                try:
-                    self.results = self.update(*self.inputs)
-                except Exception as error:
-                    first = error
-                    raise
+                self.results = self.update(*self.inputs)
         except Exception as error:
+            first = error.__context__ or error  # which the end of the recording hides
             print("note: the update is launched bit by bit, and so slower: recording it as a CUDA "
-                  f"graph failed, {one_line(first or error)} (--no-cuda-graph: no attempt)")
+                  f"graph failed, {one_line(first)} (--no-cuda-graph: no attempt)")
             self.graph = None
 
 
@@ -1790,27 +1671,23 @@ def write_atomically(path: Path, content: Any, previous: Path | None = None):
     is there alone. Raises UserError where the disk is full or not writable."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except OSError as error:
+        with telling(f"{path} could not be written", "what was there before is unchanged", OSError):
+            with open(temporary, "wb") as file:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}); what was there before is "
-                        "unchanged") from error
 
 
 def make_folder(path: Path, flag: str):
     """Make a folder that can be written to. Raises UserError, naming the flag that it came by."""
-    try:
+    with telling(f"{flag}: {path} cannot be written to", "name another folder", OSError):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        words = f"{flag}: {path} cannot be written to ({error.strerror}); name another folder"
-        raise UserError(words) from error
 
 
 def lock_file(path: Path, wait: bool):
@@ -1818,45 +1695,42 @@ def lock_file(path: Path, wait: bool):
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if not wait:
-            raise UserError(f"--run-dir: another process is running in {path.parent}; wait for it, "
-                            "or name another folder") from error
+    except OSError:
+        require(wait, f"--run-dir: another process is running in {path.parent}; wait for it, or "
+                "name another folder")
         print(f"waiting for another process, which holds {path}", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 
-PRELOADED = ["common", "ogbench"]  # by the server that worker processes are forked from
+PRELOADED = ["common"]  # by the server that worker processes are forked from
 
 
 @contextlib.contextmanager
-def worker_context(method: str = "forkserver"):
-    """How worker processes start: from a small server that imported this module and OGBench and
-    never touched the GPU, or spawned; either way without running the user's own program again."""
-    context = multiprocessing.get_context(method)
+def worker_context():
+    """How worker processes start: from a small server that imported this module and never touched
+    the GPU or a renderer, without running the user's own program again. Raises UserError where
+    they cannot be started."""
     known = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
     own = {"PYTHONPATH": os.pathsep.join(known)}
-    own |= {"MUJOCO_GL": "disable"} if method == "forkserver" else {}  # as `renders_nothing`
     # A socket's path must be short, whatever TMPDIR is.
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     # By these two names a worker would find the program that started it, and run it.
     unnamed = patch.dict(vars(sys.modules["__main__"]), __file__=None, __spec__=None)
-    with patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed:
-        if method == "forkserver":
-            context.set_forkserver_preload(PRELOADED)
-            multiprocessing.forkserver.ensure_running()
+    with (telling("worker processes cannot be started", "free memory", (OSError, EOFError)),
+          patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        multiprocessing.forkserver.ensure_running()
         yield context
 
 
 def follow_the_parent():
     """In a worker process: leave Ctrl-C, which reaches all processes at once, to the parent, and
     end when that ends, even if it is killed."""
-    parent = multiprocessing.parent_process()
-    if parent and not getattr(parent, "is_followed", False):
+    if parent := multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-        parent.is_followed = True
 
 
 def cores() -> int:
@@ -1887,17 +1761,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def git_commit(program: Any = None) -> str | None:
-    """Commit of the code that runs, with "+changes" where its tree differs from it or does not hold
-    the module `program`; None outside a git checkout."""
+def git_commit() -> str | None:
+    """Commit of the code that runs, with "+changes" where it does not hold a program in its folder
+    as it is there; None outside a git checkout."""
     here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    git = functools.partial(subprocess.run, **here)
     with contextlib.suppress(OSError):
-        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-        changes = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
-        file = os.path.abspath(getattr(program, "__file__", None) or __file__)
-        foreign = git(["git", "ls-files", "--error-unmatch", file]).returncode
-        return commit + "+changes" * bool(changes or foreign) if commit else None
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain", "-uall", "*.py"], **here).stdout
+        return commit + "+changes" * bool(changes) if commit else None
 
 
 def cpu_name() -> str:

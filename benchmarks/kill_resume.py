@@ -44,8 +44,8 @@ CASES = {  # name -> (script, flags); "prior" is a finished run of trqam_offline
 }
 CHECKPOINTS = "checkpoint.pt", "checkpoint_previous.pt"
 # Columns of the clock, and what else a checkpoint holds of the sitting that wrote it: not compared.
-OF_A_SITTING = set("charts/SPS charts/environment_SPS seconds wandb_id files resume run_dir "
-                   "dataset_dir checkpoint bc_checkpoint".split())
+OF_A_SITTING = set("charts/SPS charts/environment_SPS seconds wandb_id sittings files resume "
+                   "run_dir dataset_dir checkpoint bc_checkpoint".split())
 
 
 @dataclass

@@ -2,6 +2,7 @@
 temporary folders, shared machines, and programs that call `main` as a function."""
 
 import importlib
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -76,12 +77,15 @@ def test_workers_keep_the_users_pythonpath(tmp_path, monkeypatch):
     (tmp_path / "of_the_user.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)  # as it is where a program was started with it
-    with common.worker_context("spawn") as context:
+    server = multiprocessing.forkserver._forkserver
+    server._stop()  # it has the variables of its start
+    with common.worker_context() as context:
         answer = context.Queue()
         process = context.Process(target=imports, args=("of_the_user", answer))
         process.start()
     assert answer.get(timeout=60).split(os.pathsep) == [str(ROOT), str(tmp_path)]
     process.join()
+    server._stop()
     assert os.environ["PYTHONPATH"] == str(tmp_path)
 
 
@@ -216,7 +220,9 @@ def test_a_script_that_git_does_not_hold_makes_the_commit_one_with_changes(tmp_p
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
     clean = common.git_commit()
-    variant = type("", (), {"__file__": str(tmp_path / "trqam_const.py")})
-    assert len(clean) == 40 and common.git_commit(variant) == f"{clean}+changes"
+    (tmp_path / "trqam_const.py").write_text("")
+    assert len(clean) == 40 and common.git_commit() == f"{clean}+changes"
+    (tmp_path / "trqam_const.py").unlink()
+    assert common.git_commit() == clean
     (tmp_path / "common.py").write_text("changed")
     assert common.git_commit() == f"{clean}+changes"
