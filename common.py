@@ -43,14 +43,11 @@ from pathlib import Path, PosixPath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from unittest.mock import patch
 
-import gymnasium
 import numpy as np
-import ogbench
 import torch
 import tyro
 from tqdm import tqdm
 
-gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks warn at each environment
 SHOWN = sys.stderr is not None and sys.stderr.isatty()
 PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if SHOWN else 20, disable=sys.stderr is None)
 
@@ -110,8 +107,19 @@ def register_task(env_id: str, make_env: Callable, load_arrays: Callable):
 
 
 @functools.cache
+def import_ogbench():
+    """Gymnasium with OGBench's environments, which importing it registers -> both modules."""
+    import gymnasium
+    import ogbench
+
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # its checks warn at each environment
+    return gymnasium, ogbench
+
+
+@functools.cache
 def known_env_ids() -> list[str]:
     """All state-based single-task OGBench ids, for the types of dataset that OGBench publishes."""
+    gymnasium, _ = import_ogbench()
     types = {"maze": ("navigate", "stitch", "explore"), "soccer": ("navigate", "stitch")}
     ids = []
     for name in gymnasium.registry:
@@ -137,35 +145,40 @@ def domain_of(env_id: str) -> str:
     return env_id.split("-singletask")[0]
 
 
-class SeededReset(gymnasium.Wrapper):
-    """Makes `reset(seed=...)` decide the whole episode: OGBench's resets also draw from NumPy's
+def with_seeded_resets(env):
+    """Make `reset(seed=...)` decide the whole episode: OGBench's resets also draw from NumPy's
     global generator, and take steps of an action space that is made anew, unseeded, each time."""
+    import gymnasium
 
-    def __init__(self, env):
-        super().__init__(env)
-        base, self.space = env.unwrapped, env.unwrapped.action_space
-        if isinstance(getattr(type(base), "action_space", None), property):
-            # No attribute of an instance hides a property: only a class of its own can.
-            base.__class__ = type("Seeded", (type(base),), {"action_space": self.space})
+    base, space = env.unwrapped, env.unwrapped.action_space
+    if isinstance(getattr(type(base), "action_space", None), property):
+        # No attribute of an instance hides a property: only a class of its own can.
+        base.__class__ = type("Seeded", (type(base),), {"action_space": space})
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:
-            np.random.seed(seed)
-            self.space.seed(seed)
-        return self.env.reset(seed=seed, options=options)
+    class SeededReset(gymnasium.Wrapper):
+        def reset(self, *, seed: int | None = None, options: dict | None = None):
+            if seed is not None:
+                np.random.seed(seed)
+                space.seed(seed)
+            return self.env.reset(seed=seed, options=options)
+
+    return SeededReset(env)
 
 
 def make_seeded(name: str, **kwargs):
     """OGBench's environment of that name -> gymnasium.Env. MuJoCo is told to load no renderer, so
     that none which a variable names can stop it, unless `kwargs` ask for a `render_mode`."""
+    gymnasium, _ = import_ogbench()
     with patch.dict(os.environ, {} if "render_mode" in kwargs else {"MUJOCO_GL": "disable"}):
-        return SeededReset(gymnasium.make(name, **kwargs))
+        return with_seeded_resets(gymnasium.make(name, **kwargs))
 
 
 def make_env(env_id: str, own: Callable | None = None, **kwargs):
     """The environment of a task, actions in [-1, 1], seeded resets -> gymnasium.Env. own:
     makes a task that was registered, for worker processes, where it is not. Raises UserError for an
     unknown id, and for spaces that are no Box of one dimension."""
+    import gymnasium
+
     own, _ = TASKS.get(env_id, (own, None))
     if not own:
         return make_seeded(split_env_id(env_id)[0], **kwargs)
@@ -175,7 +188,7 @@ def make_env(env_id: str, own: Callable | None = None, **kwargs):
                 f"{env_id} has the space {space}; it must be a Box of one dimension")
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return SeededReset(env)
+    return with_seeded_resets(env)
 
 
 @functools.cache
@@ -476,6 +489,8 @@ def read_npz(path: Path, keys) -> dict[str, np.ndarray]:
 def read_file(path: Path, env) -> dict[str, np.ndarray]:
     """Rows of an OGBench file, with OGBench's rewards and masks of the environment's task. Raises
     UserError where it is damaged or another environment's."""
+    from ogbench.relabel_utils import relabel_dataset
+
     base = env.unwrapped
     shapes = dict(observations=env.observation_space.shape, actions=env.action_space.shape)
     shapes |= dict(terminals=(), qpos=(base.model.nq,))
@@ -492,7 +507,7 @@ def read_file(path: Path, env) -> dict[str, np.ndarray]:
         require(array.dtype.kind in "fiub" and np.isfinite(array).all(), f"{path}: {key} holds "
                 "values that are not finite numbers; fetch or collect it again")
         data[key] = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
-    ogbench.relabel_utils.relabel_dataset(env.spec.id, env, data)
+    relabel_dataset(env.spec.id, env, data)
     final = data["terminals"] = data["terminals"].astype(bool)
     final[-1] = True  # a file's end ends an episode
     data["rewards"][final], data["masks"][final] = 0, 1  # those of final states mean nothing
@@ -602,6 +617,7 @@ def official_file(dataset_name: str, dataset_dir: str) -> Path:
     path = Path(dataset_dir).expanduser() / f"{dataset_name}.npz"
     if path.exists():
         return path
+    _, ogbench = import_ogbench()
     make_folder(path.parent, "--dataset-dir")
     way = f"put a mirror's or another machine's copy at {path}, or name it with --dataset-path"
     if can_collect(dataset_name):
@@ -811,44 +827,41 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
 
 # -------------------------------------------------------------------------------------- evaluation
 # Whole episodes in parallel processes, each decided by a seed, none counted twice or cut short. A
-# copier needs `Evaluator`, and `ChunkedEpisode` to see what a step of it is.
+# copier needs `Evaluator`, and `make_chunked_env` to see what a step of it is.
 
 SCORES = ("success", "return", "length")
 
 
-class ChunkedEpisode(gymnasium.Wrapper):
-    """One step executes a chunk [c*d] open loop, up to the episode's end; after it, steps do
-    nothing."""
-
-    def __init__(self, env, chunk_length: int):
-        super().__init__(env)
-        self.chunk_length, (action_dim,) = chunk_length, env.action_space.shape
-        self.action_space = gymnasium.spaces.Box(-1, 1, (chunk_length * action_dim,))
-
-    def reset(self, **kwargs):
-        observation, _ = self.env.reset(**kwargs)
-        self.result = observation, 0.0, False, False, {"success": math.nan}
-        return observation, {}
-
-    def step(self, chunk: np.ndarray):
-        observation, _, terminated, truncated, info = self.result
-        total, steps = 0.0, 0
-        for action in chunk.reshape(self.chunk_length, -1):
-            if terminated or truncated:
-                break
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            total, steps = total + float(reward), steps + 1
-        info = {"success": float(info.get("success", math.nan)), "steps": steps}
-        self.result = observation, total, terminated, truncated, info
-        return self.result
-
-
 def make_chunked_env(env_id: str, chunk_length: int, own: Callable | None = None):
-    """The environment of a worker process. own: as for `make_env`."""
+    """The environment of a worker process: one step executes a chunk [c*d] open loop, up to the
+    episode's end; after it, steps do nothing. own: as for `make_env`."""
+    import gymnasium
+
     follow_the_parent()
     if multiprocessing.parent_process():  # a cluster sends SIGTERM to all: evaluations end first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return ChunkedEpisode(make_env(env_id, own), chunk_length)
+
+    class ChunkedEpisode(gymnasium.Wrapper):
+        def reset(self, **kwargs):
+            observation, _ = self.env.reset(**kwargs)
+            self.result = observation, 0.0, False, False, {"success": math.nan}
+            return observation, {}
+
+        def step(self, chunk: np.ndarray):
+            observation, _, terminated, truncated, info = self.result
+            total, steps = 0.0, 0
+            for action in chunk.reshape(chunk_length, -1):
+                if terminated or truncated:
+                    break
+                observation, reward, terminated, truncated, info = self.env.step(action)
+                total, steps = total + float(reward), steps + 1
+            info = {"success": float(info.get("success", math.nan)), "steps": steps}
+            self.result = observation, total, terminated, truncated, info
+            return self.result
+
+    env = ChunkedEpisode(make_env(env_id, own))
+    env.action_space = gymnasium.spaces.Box(-1, 1, (chunk_length * env.action_space.shape[0],))
+    return env
 
 
 class Evaluator:
@@ -863,6 +876,8 @@ class Evaluator:
 
     def __init__(self, env_id: str, chunk_length: int, episodes: int, seed: int, noise_dim: int,
                  device: torch.device | str = "cpu"):
+        import gymnasium
+
         self.noise_dim, self.device, self.played = noise_dim, device, []
         entropy = [np.random.SeedSequence([seed, i]) for i in range(episodes)]
         self.seeds = [int(sequence.generate_state(1)[0]) for sequence in entropy]
@@ -928,6 +943,8 @@ class Evaluator:
 def film(env_id: str, chunk_length: int, episodes: list, folder: Path, prefix: str) -> str:
     """Play recorded episodes, (seed, chunks [n, c*d]) each, under Gymnasium's recorder -> "", or
     what went wrong. In a process of its own: a renderer that is missing or crashes does no harm."""
+    import gymnasium
+
     own, _ = TASKS.get(env_id, (None, None))
     words = env_id, own, chunk_length, episodes, str(folder), prefix
     job = gymnasium.vector.utils.CloudpickleWrapper(functools.partial(film_here, *words))
@@ -941,6 +958,8 @@ def film(env_id: str, chunk_length: int, episodes: list, folder: Path, prefix: s
 
 def film_here(env_id: str, own: Callable | None, chunk_length: int, episodes, folder, prefix):
     """`film`, in its process. own: as for `make_env`."""
+    import gymnasium
+
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     size = {} if own else dict(width=240, height=240)
@@ -1305,6 +1324,8 @@ class Run:
             way = f"--run-dir {self.path} --resume" if self.lock else "the same command"
             print(f"\nstopped; continue with {way}", file=sys.stderr)
         if isinstance(error, NotFinite):
+            require(not self.args.eval_only,
+                    f"--checkpoint: {self.args.checkpoint}: {error}; evaluate another")
             stage, step = self.newest()
             kept = self.path / CHECKPOINTS[0]
             before = f"{kept} is" if kept.exists() else "no checkpoint is"
@@ -1313,21 +1334,26 @@ class Run:
                             f"({before} from before it)")
 
     def open(self):
-        """Make the folder, or open the one to resume, and say what is trained on what."""
-        args = self.args
+        """Make the folder, or open the one to resume: from here on the run can be resumed."""
         self.try_needs()
         make_folder(self.path, "--run-dir")
         self.lock = lock_file(self.path / ".lock", wait=False)
+        commit = git_commit(sys.modules[type(self.args).__module__])
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         hardware = dict(cpu=cpu_name(), cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
-        sitting = dict(command=sys.argv, began_at=dict(self.done), git_commit=git_commit(),
-                       hardware=hardware)
-        self.sittings.append(sitting)
+        self.sittings.append(dict(command=sys.argv, began_at=dict(self.done), git_commit=commit,
+                                  hardware=hardware))
         if not any((self.path / name).exists() for name in CHECKPOINTS):
-            self.save()  # first of all: a run that is killed from here on can be resumed
+            self.save()
+
+    def begin(self):
+        """Write what the run is, and say what is trained on what."""
+        args = self.args
+        if not self.lock:
+            self.open()
         packages = versions("torch", "numpy", "ogbench", "gymnasium", "mujoco")
         packages |= dict(python=platform.python_version(), platform=platform.platform())
-        config = dict(script=self.script, args=vars(args), dataset=self.data, **sitting,
+        config = dict(script=self.script, args=vars(args), dataset=self.data, **self.sittings[-1],
                       versions=packages, sittings=self.sittings)
         text = json.dumps(config, indent=1, default=str)
         write_atomically(self.path / "config.json", text.encode())
@@ -1378,11 +1404,14 @@ class Run:
         """`load_dataset` with this run's settings. Raises UserError."""
         args, began = self.args, self.data if self.args.resume else None
         if args.collect_episodes and not args.dataset_path and args.env_id not in TASKS:
-            _, steps = official_size(split_env_id(args.env_id)[1])
-            rows = args.collect_episodes * (steps - 1)
+            name = split_env_id(args.env_id)[1]
+            rows = args.collect_episodes * (official_size(name)[1] - 1)
             require(max(args.batch_size, args.chunk_length) <= rows, "--batch-size and "
                     f"--chunk-length must be at most the {rows} transitions that are collected")
-            self.try_needs()  # collecting is long
+            path = collected_path(name, args.collect_episodes, args.collect_seed, args.dataset_dir)
+            if can_collect(name) and not path.exists():
+                make_folder(path.parent, "--dataset-dir")
+                self.open()  # collecting is long
         names = "chunk_length gamma dataset_path dataset_dir collect_episodes collect_seed".split()
         dataset, self.data = load_dataset(
             args.env_id, sparse=args.sparse_reward, device=self.device,
@@ -1403,8 +1432,8 @@ class Run:
     def steps(self, stage: str, total: int):
         """The numbers of a stage's steps that are left, up to `total`; call `after` at the end of
         each. Meanwhile a first Ctrl-C or SIGTERM only asks to save and stop."""
-        if not self.lock:
-            self.open()
+        if not self.writer:
+            self.begin()
         self.enters(stage)
         if stage != [*self.done][-1]:
             return  # it is over
@@ -1761,14 +1790,17 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def git_commit() -> str | None:
-    """Commit of the code that runs, with "+changes" where it does not hold a program in its folder
-    as it is there; None outside a git checkout."""
+def git_commit(program: Any = None) -> str | None:
+    """Commit of the code that runs, with "+changes" where its tree differs from it or does not hold
+    the module `program`; None outside a git checkout."""
     here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = functools.partial(subprocess.run, **here)
     with contextlib.suppress(OSError):
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain", "-uall", "*.py"], **here).stdout
-        return commit + "+changes" * bool(changes) if commit else None
+        commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        changes = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
+        file = os.path.abspath(getattr(program, "__file__", None) or __file__)
+        foreign = git(["git", "ls-files", "--error-unmatch", file]).returncode
+        return commit + "+changes" * bool(changes or foreign) if commit else None
 
 
 def cpu_name() -> str:

@@ -382,7 +382,7 @@ def write(path: Path, rows: list[dict]):
 def main(args: Args):
     torch.set_num_threads(1)
     args.results.mkdir(parents=True, exist_ok=True)
-    commit = (common.git_commit() or "unknown")[:7]
+    commit = (common.git_commit(sys.modules[__name__]) or "unknown")[:7]
     kept = {}
     for name in ("studies", "lambda"):
         path = args.results / f"{name}.csv"

@@ -76,7 +76,7 @@ def test_the_authors_cloned_policies_are_read(wrap, layer_norm, protocol, tmp_pa
 
 def test_a_run_starts_from_the_authors_cloned_policy(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    policy = trqam_offline.VelocityField(2, 8, (16, 16), False)
+    policy = trqam_offline.VelocityField(2, 40, (16, 16), False)
     Path("params_1.pkl").write_bytes(pickle.dumps(flax_policy(policy)))
     words = authors_checkpoint.Args(Path("params_1.pkl"), Path("bc.pt"), ENV)
     authors_checkpoint.main(words)

@@ -572,7 +572,7 @@ def test_a_failed_download_says_how_to_go_on(env_id, way_out, tmp_path, monkeypa
     def unreachable(names, folder):
         raise urllib.error.URLError("host is down")
 
-    monkeypatch.setattr(common.ogbench, "download_datasets", unreachable)
+    monkeypatch.setattr(common.import_ogbench()[1], "download_datasets", unreachable)
     said = start(trqam_offline, monkeypatch, "--env-id", env_id, "--dataset-dir", tmp_path / "data")
     assert "host is down" in said and way_out in said and "mirror" in said and "\n" not in said
     assert not [*Path("data").iterdir()] and not Path("runs").exists()
@@ -589,7 +589,7 @@ def test_a_download_that_is_no_whole_file_is_not_kept_and_fetched_again(
         content_now = content if len(fetched) == 1 else dataset.read_bytes()
         Path(folder, f"{names[0]}.npz").write_bytes(content_now)
 
-    monkeypatch.setattr(common.ogbench, "download_datasets", download)
+    monkeypatch.setattr(common.import_ogbench()[1], "download_datasets", download)
     flags = ["--dataset-dir", "data", "--run-dir", "run"]
     said = start(trqam_offline, monkeypatch, *TINY, *flags)
     assert "could not be downloaded" in said and not [*Path("data").iterdir()]
@@ -666,6 +666,31 @@ def test_an_evaluated_action_that_is_not_finite_is_named(dataset, monkeypatch):
     monkeypatch.setattr(trqam_offline, "act", lambda *words, **more: act(*words, **more) * math.nan)
     said = start(trqam_offline, monkeypatch, *TINY, "--dataset-path", dataset, "--run-dir", "run")
     assert said.startswith("error: an action in the evaluation is not finite at step 12 of bc")
+
+
+def test_evaluating_what_diverged_gives_no_advice_on_training(dataset, monkeypatch):
+    monkeypatch.setattr(common.Evaluator, "evaluate", lambda *_: {"episodes": 1})
+    flags = [*TINY, "--dataset-path", dataset, "--run-dir", "run", "--offline-steps", 2]
+    assert start(trqam_offline, monkeypatch, *flags) is None
+
+    def evaluate(*_):
+        common.require_finite("an action in the evaluation", math.nan)
+
+    monkeypatch.setattr(common.Evaluator, "evaluate", evaluate)
+    said = start(trqam_offline, monkeypatch, "--eval-only", "--checkpoint", "run/checkpoint.pt")
+    assert "run/checkpoint.pt: an action in the evaluation is not finite; evaluate another" in said
+
+
+def test_a_run_killed_while_it_collects_resumes(monkeypatch):
+    flags = [*TINY, "--collect-episodes", 2, "--dataset-dir", "data", "--run-dir", "run"]
+    monkeypatch.setattr(common.Run, "evaluate_and_save", lambda run, policy: run.save())
+    monkeypatch.setattr(common.Run, "finish", lambda run, policy: None)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(common, "collect_dataset", kill_at_once)
+        start(trqam_offline, patch, *flags)
+    assert load("run")["done"] == {}
+    assert start(trqam_offline, monkeypatch, "--resume", "--run-dir", "run") is None
+    assert load("run")["data"]["episodes"] == 2
 
 
 class NoWaiting(TorchDispatchMode):

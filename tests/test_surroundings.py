@@ -220,9 +220,20 @@ def test_a_script_that_git_does_not_hold_makes_the_commit_one_with_changes(tmp_p
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
     clean = common.git_commit()
-    (tmp_path / "trqam_const.py").write_text("")
-    assert len(clean) == 40 and common.git_commit() == f"{clean}+changes"
-    (tmp_path / "trqam_const.py").unlink()
-    assert common.git_commit() == clean
+    variant = type("", (), {"__file__": str(tmp_path / "trqam_const.py")})
+    assert len(clean) == 40 and common.git_commit(variant) == f"{clean}+changes"
     (tmp_path / "common.py").write_text("changed")
     assert common.git_commit() == f"{clean}+changes"
+
+
+def test_the_data_needs_torch_and_numpy_alone():
+    """OGBench and Gymnasium are imported where they are used."""
+    program = """import sys
+        sys.modules |= dict.fromkeys(["ogbench", "gymnasium", "mujoco"])
+        import common, trqam_offline
+        words = dict(low=-1, high=1, chunk_length=1, gamma=0.9)
+        steps = [[0.0]], [[0.5]], [1.0], [[1.0]], [True], [False]
+        print(common.ChunkDataset.from_transitions(*steps, **words).size)"""
+    program = program.replace("\n        ", "\n")
+    said = run([sys.executable, "-c", program], PYTHONPATH=str(ROOT))
+    assert said.stdout == "1\n", said.stderr
