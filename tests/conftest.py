@@ -4,8 +4,11 @@ A variant of a script is tested by all that applies to it once it stands in `SCR
 """
 
 import inspect
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks, in processes side by side
 
 import pytest
 
