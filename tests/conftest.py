@@ -49,6 +49,10 @@ def dataset(tmp_path_factory):
     return common.collect_dataset("pointmaze-medium-navigate-v0", 2, 0, str(folder))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "whole_episodes: evaluations are not cut short")
+
+
 def pytest_terminal_summary(terminalreporter):
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, words in report.user_properties:

@@ -21,6 +21,7 @@ import gymnasium
 import kill_resume
 import numpy as np
 import pytest
+import short_evaluations
 import torch
 from conftest import SCRIPTS, scripts_with
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,10 +66,12 @@ def strength(script):
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    """And without pictures, which take most of a tiny run's time."""
+def in_an_empty_folder(request, tmp_path, monkeypatch):
+    """Without pictures, and in short evaluations: both take most of a tiny run's time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common.Run, "draw", lambda run: None)
+    if not request.node.get_closest_marker("whole_episodes"):
+        monkeypatch.setattr(common, "make_chunked_env", short_evaluations.make_chunked_env)
 
 
 def start(script, monkeypatch, *words):
@@ -263,6 +266,7 @@ def wait_for(process, holds):
         time.sleep(0.01)
 
 
+@pytest.mark.whole_episodes  # as in a process of its own
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, monkeypatch):
     flags = [*tiny(script), "--dataset-path", dataset, "--bc-steps", 60, "--offline-steps", 120]
@@ -278,6 +282,7 @@ def test_a_process_killed_while_it_trains_resumes(script, dataset, tmp_path, mon
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
 
 
+@pytest.mark.whole_episodes  # as in a process of its own
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_first_signal_saves_and_stops_and_the_run_resumes(number, dataset, tmp_path, monkeypatch):
     flags = [*tiny(trqam_online), "--dataset-path", dataset, "--log-interval", 7]
@@ -305,6 +310,7 @@ def test_a_first_signal_saves_and_stops_and_the_run_resumes(number, dataset, tmp
     assert differences(tmp_path / "whole", run) == []
 
 
+@pytest.mark.whole_episodes  # as in a process of its own
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_writes_its_files_and_a_clone_to_start_from(
     script, dataset, tmp_path, monkeypatch, capsys
