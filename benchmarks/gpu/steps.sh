@@ -6,9 +6,10 @@
 script=$(basename "$0" .sh)
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 wheels=$(realpath -m "${WHEELS:-$root/runs/wheels}")
-mkdir -p "$1/work/logs" "$1/work/done" && out=$(cd "$1" && pwd) && cd "$out/work" || exit 1
+out=$(mkdir -p "$1" && cd "$1" && pwd) && work=$out/work || exit 1
+mkdir -p "$work"/{logs,done} && cd "$work" || exit 1
 shopt -s nullglob
-work=$out/work python=${PYTHON:-python3} failed=0 running=
+python=${PYTHON:-python3} failed=0 running=
 end=570  # seconds after which nothing more is begun or goes on: ten minutes, less the packing
 slack=1  # times as long as on a GPU machine a step may take
 gpu=$(nvidia-smi -L 2>/dev/null | head -1)
