@@ -1459,9 +1459,10 @@ class Run:
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step, or evaluation; once more ends at once\n")
 
-    def after(self, statistics: dict[str, Any], policy: Callable | None = None):
-        """After a step: log, evaluate the policy and save, where that is due. Without a policy the
-        stage's last step is not saved: what begins after it calls `evaluate_and_save`."""
+    def after(self, statistics: dict[str, Any], policy: Callable | None = None) -> bool:
+        """After a step: log, evaluate the policy and save, where that is due -> whether it was
+        evaluated. Without a policy the stage's last step is not saved: what begins after it calls
+        `evaluate_and_save`."""
         args, step, last = self.args, self.done[self.stage], self.done[self.stage] == self.total
         if last or step % args.log_interval == 0:
             for name, number in statistics.items():
@@ -1470,10 +1471,12 @@ class Run:
             self.logged = now, step
             rate = {"charts/SPS": (step - before) / (now - then)}
             self.append("train.csv", self.stage, step, statistics | rate)
-        if policy and (last or step % args.eval_interval == 0):
+        evaluates = policy and (last or step % args.eval_interval == 0)
+        if evaluates:
             self.evaluate_and_save(policy)
         elif not last and (step % args.checkpoint_interval == 0 or self.stopping):
             self.save()
+        return bool(evaluates)
 
     def append(self, name: str, stage: str, step: int, numbers: dict[str, Any]):
         """Add a row to a table and to TensorBoard; a new column stays empty in the earlier rows."""
@@ -1741,7 +1744,8 @@ def worker_context():
     the GPU or a renderer, without running the user's own program again. Raises UserError where
     they cannot be started."""
     known = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
-    own = {"PYTHONPATH": os.pathsep.join(known)}
+    # A file of the current folder may have the name of a module that they import.
+    own = {"PYTHONPATH": os.pathsep.join(known), "PYTHONSAFEPATH": "1"}
     # A socket's path must be short, whatever TMPDIR is.
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     # By these two names a worker would find the program that started it, and run it.

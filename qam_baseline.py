@@ -19,10 +19,6 @@ it go:
 
 `losses` and `update` are one such update; `main` is the algorithm box.
 
-    python qam_baseline.py quick                                     # a small task on a laptop
-    python qam_baseline.py --env-id scene-play-singletask-task1-v0   # full size: for a GPU
-    python qam_baseline.py --env-id ENV_ID --edit-scale 0.1 --online-steps 500000
-
 Papers: TRQAM, arXiv 2605.27079; QAM, arXiv 2601.14234; Adjoint Matching, arXiv 2409.08861. The
 numbers (E1) to (E15) are those of docs/algorithm.md. Shapes: B batch, O observation, d one action,
 c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps of h = 1/K from t_0 = 0.
@@ -504,10 +500,6 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     loss, statistics = loss_function(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    grad_norms = {}  # of each network alone; they are clipped together
-    for name, network in agent.named_children():
-        if gradients := [p.grad for p in network.parameters() if p.grad is not None]:
-            grad_norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
     grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
     with torch.no_grad():
         # The targets follow the weights that made this loss: those before the step.
@@ -517,7 +509,6 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
         optimizer.step()
     return {
         **statistics,
-        **grad_norms,
         "losses/grad_norm": grad_norm,
     }
 

@@ -15,10 +15,6 @@ copy of it towards actions of higher Q without leaving what the prior knows:
 
 `losses` and `update` are one such update; `main` is the algorithm box.
 
-    python trqam_offline.py quick                                   # a small task on a laptop
-    python trqam_offline.py --env-id scene-play-singletask-task1-v0 # full size: for a GPU
-    python trqam_offline.py --eval-only --checkpoint runs/NAME/checkpoint.pt
-
 Papers: TRQAM, arXiv 2605.27079; QAM, arXiv 2601.14234; Adjoint Matching, arXiv 2409.08861. The
 numbers (E1) to (E12) are those of docs/algorithm.md. Shapes: B batch, O observation, d one action,
 c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps of h = 1/K from t_0 = 0.
@@ -435,10 +431,6 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     loss, statistics = loss_function(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    grad_norms = {}  # of each network alone; they are clipped together
-    for name, network in agent.named_children():
-        if gradients := [p.grad for p in network.parameters() if p.grad is not None]:
-            grad_norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
     grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
     with torch.no_grad():
         # The targets follow the weights that made this loss: those before the step.
@@ -451,12 +443,18 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
                      args.lambda_max)
     return {
         **statistics,
-        **grad_norms,
         "losses/grad_norm": grad_norm,
         "trust_region/path_kl_ema": agent.kl_ema.clone(),
         "trust_region/kl_budget": agent.kl_budget.clone(),
         "trust_region/lambda": agent.lam.clone(),
     }
+
+
+def tell_end_of_range(agent: Agent, args: Args):
+    """One line, if lambda stands at an end of its range, where it cannot keep the KL's budget."""
+    if agent.lam in (args.lambda_min, args.lambda_max):
+        print(f"\nnote: lambda stands at {agent.lam:.3g}, an end of its range, and cannot keep the "
+              "KL at its budget; docs/algorithm.md, at (E12), says what to turn")
 
 
 # ------------------------------------------------------------------------------------------- acting
@@ -518,10 +516,8 @@ def main(args: Args):
             run.save_clone(agent.clone)
             run.evaluate_and_save(policy)  # the clone's score
         for _ in run.steps("offline", args.offline_steps):
-            run.after(fast_update(*draw()), policy)
-        if agent.lam in (args.lambda_min, args.lambda_max):
-            print(f"note: lambda ended at {agent.lam:.3g}, an end of its range: it cannot keep the "
-                  "KL at its budget; docs/algorithm.md, at (E12), says what to turn")
+            if run.after(fast_update(*draw()), policy):
+                tell_end_of_range(agent, args)
         run.finish(policy)
 
 

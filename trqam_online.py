@@ -18,10 +18,6 @@ then in the environment, whose transitions join it:
 
 `losses` and `update` are one such update; `main` is the algorithm box.
 
-    python trqam_online.py quick                                  # a small task on a laptop
-    python trqam_online.py --checkpoint runs/NAME/checkpoint.pt   # from a run of trqam_offline.py
-    python trqam_online.py --env-id ENV_ID --bc-checkpoint runs/NAME/bc_checkpoint.pt
-
 Papers: TRQAM, arXiv 2605.27079; QAM, arXiv 2601.14234; Adjoint Matching, arXiv 2409.08861. The
 numbers (E1) to (E12) are those of docs/algorithm.md. Shapes: B batch, O observation, d one action,
 c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps of h = 1/K from t_0 = 0.
@@ -457,10 +453,6 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     loss, statistics = loss_function(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    grad_norms = {}  # of each network alone; they are clipped together
-    for name, network in agent.named_children():
-        if gradients := [p.grad for p in network.parameters() if p.grad is not None]:
-            grad_norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
     grad_norm = nn.utils.clip_grad_norm_(agent.trained_parameters(), args.max_grad_norm)
     with torch.no_grad():
         # The targets follow the weights that made this loss: those before the step.
@@ -473,12 +465,18 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
                      args.lambda_max)
     return {
         **statistics,
-        **grad_norms,
         "losses/grad_norm": grad_norm,
         "trust_region/path_kl_ema": agent.kl_ema.clone(),
         "trust_region/kl_budget": agent.kl_budget.clone(),
         "trust_region/lambda": agent.lam.clone(),
     }
+
+
+def tell_end_of_range(agent: Agent, args: Args):
+    """One line, if lambda stands at an end of its range, where it cannot keep the KL's budget."""
+    if agent.lam in (args.lambda_min, args.lambda_max):
+        print(f"\nnote: lambda stands at {agent.lam:.3g}, an end of its range, and cannot keep the "
+              "KL at its budget; docs/algorithm.md, at (E12), says what to turn")
 
 
 # ------------------------------------------------------------------------------------------- acting
@@ -558,10 +556,8 @@ def main(args: Args):
             run.save_clone(agent.clone)
             run.evaluate_and_save(policy)  # the clone's score
         for _ in run.steps("offline", args.offline_steps):
-            run.after(fast_update(*draw()), policy)
-        if agent.lam in (args.lambda_min, args.lambda_max):
-            print(f"note: lambda ended at {agent.lam:.3g}, an end of its range: it cannot keep the "
-                  "KL at its budget; docs/algorithm.md, at (E12), says what to turn")
+            if run.after(fast_update(*draw()), policy):
+                tell_end_of_range(agent, args)
 
         # 3. Go online: each step in the environment adds a transition, and is followed by updates.
         agent.kl_budget.fill_(args.kl_budget_online or args.kl_budget)
@@ -571,7 +567,8 @@ def main(args: Args):
             online_step(agent, dataset, environment, generator, args)
             for _ in range(args.utd_ratio * (step > args.learning_starts)):
                 statistics = fast_update(*draw(sample))
-            run.after(statistics | environment.report(), policy)
+            if run.after(statistics | environment.report(), policy):
+                tell_end_of_range(agent, args)
         run.finish(policy)
 
 

@@ -28,7 +28,7 @@ QAM_OWN = {
     "main",
     "Args",
 }
-TRQAM_ALONE = {"dual_descent"}
+TRQAM_ALONE = {"dual_descent", "tell_end_of_range"}
 SAME_SETTINGS = {"kl_budget", "online_steps"}  # whose defaults or words may differ
 
 

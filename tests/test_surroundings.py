@@ -20,16 +20,19 @@ import trqam_offline
 SHORT = [*TINY, "--bc-steps", "4", "--offline-steps", "4", "--eval-episodes", "1"]
 
 
-def run(words, **variables):
-    """A finished process, with environment variables set (None: unset)."""
-    variables = {key: x for key, x in (os.environ | variables).items() if x is not None}
-    return subprocess.run(words, env=variables, capture_output=True, text=True)
+def run(words, cwd=None, **variables):
+    """A finished process, with environment variables set."""
+    return subprocess.run(
+        words, cwd=cwd, env=os.environ | variables, capture_output=True, text=True
+    )
 
 
 def test_a_program_without_a_guard_in_a_hostile_environment_trains(dataset, tmp_path):
-    """Its own lines run once, and not in each worker; a long TMPDIR, an ASCII terminal, and what
-    other
-    programs set for MuJoCo, Matplotlib and Python change nothing; PYTHONPATH is kept."""
+    """Its own lines run once, and not in each worker; a long TMPDIR, an ASCII terminal, files
+    of the current folder that are named like Python's modules, and what other programs set for
+    MuJoCo, Matplotlib and Python change nothing; PYTHONPATH is kept."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "queue.py").write_text("raise SystemExit('not of Python')")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "of_the_user.py").write_text("")
     (tmp_path / ("t" * 90)).mkdir()
@@ -53,6 +56,7 @@ def test_a_program_without_a_guard_in_a_hostile_environment_trains(dataset, tmp_
     )
     said = run(
         [sys.executable, str(program)],
+        cwd=tmp_path / "here",
         PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{ROOT}",
         TMPDIR=str(tmp_path / ("t" * 90)),
         PYTHONIOENCODING="ascii",
