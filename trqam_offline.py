@@ -1,24 +1,25 @@
 """TRQAM, Trust Region Q Adjoint Matching, offline: the whole algorithm, in this one file.
 
-A flow policy is a velocity field v(s, x, t) that carries noise x at t = 0 to an action at t = 1. It
-is pretrained by behaviour cloning, and goes on being cloned: that is the prior. TRQAM fine-tunes a
-copy of it towards actions of higher Q without leaving what the prior knows:
+A flow policy is a velocity field v(s, x, t) that carries noise x at t = 0 to an action at t = 1.
+The clone is trained by behaviour cloning all along; its moving average, the base, is the prior.
+TRQAM fine-tunes a copy, the policy, towards actions of higher Q, as far from the prior as a budget
+in nats lets it go:
 
 0. train the critics, and the clone                                            critic_loss, bc_loss
-1. roll the copy out as a memoryless SDE, from noise to an action              memoryless_rollout
+1. roll the policy out as a memoryless SDE, from noise to an action            memoryless_rollout
 2. carry the critic's action gradient back along that path, through the        lean_adjoint
    *prior's* drift alone
-3. regress the velocity onto what this adjoint asks for: no gradient runs      adjoint_matching_loss
-   through the sampler
+3. regress the velocity onto it, with no gradient through the sampler: at the  adjoint_matching_loss
+   optimum, actions are distributed as prior * exp(Q / temperature)
 4. measure how far the paths have moved from the prior's, as a path-space KL   path_kl
 5. move the temperature lambda so that this KL stays at its budget             dual_descent
 
-`losses` and `update` are one such update; `main` is the algorithm box.
+`losses` and `update` do 0. to 5. once; `main` is the whole run.
 
 Papers: TRQAM, arXiv 2605.27079; QAM, arXiv 2601.14234; Adjoint Matching, arXiv 2409.08861. The
 numbers (E1) to (E12) are those of docs/algorithm.md. Shapes: B batch, O observation, d one action,
 c actions in a chunk, A = c*d a flattened chunk, E critics, K flow steps of h = 1/K from t_0 = 0.
-What several scripts hold is the same in each to the letter: a diff of two shows what differs.
+Code that several scripts share is identical in each: a diff of two shows what differs.
 """
 
 import copy
@@ -76,7 +77,7 @@ class Args(common.RunArgs):
     kl_budget: Annotated[float, Positive] = 1.0
     """path-space KL to the prior allowed per action of a chunk, epsilon_KL, in nats"""
     lam_scale: Annotated[float, Positive] = 3.0
-    """the control problem's temperature is lam_scale * lambda, as in the authors' program"""
+    """temperature = lam_scale * lambda, as the authors have it; eta_lambda moves lambda alone"""
     eta_lambda: Annotated[float, NotNegative] = 0.01
     """step size of the dual descent on lambda"""
     kl_ema_coef: Annotated[float, Fraction] = 0.1
@@ -115,17 +116,17 @@ QUICK = dict(
 
 
 def settings(args: Args) -> dict:
-    """What the environment's domain and the preset set, where no flag does."""
+    """What the environment's domain and the preset set; flags win."""
     chosen = dict(DOMAINS.get(common.domain_of(args.env_id), {}))
-    if args.preset == "quick":  # its environment's domain is looked up in a second call
+    if args.preset == "quick":  # the settings of its environment's domain come by a second call
         chosen |= QUICK
     return chosen
 
 
 # -------------------------------------------------------------------------------- the mathematics
-# Functions of tensors and of two callables: a velocity v(observation, x, t) -> like x, and a critic
-# Q(observation, action) -> [E, B]. x is [B, A] at t, a number or [B, 1], or [K, B, A] at [K, 1, 1].
-# Rollout, adjoints and dual descent are called under `torch.no_grad()`: see `losses` and `update`.
+# Functions of tensors and of two callables: velocity(observation, x, t), shaped like x, and
+# critic(observation, action) -> [E, B]. x is [B, A] with t a number or [B, 1], or [K, B, A] with t
+# [K, 1, 1]. Call rollout, adjoints and dual descent under `torch.no_grad()`, as `losses` does.
 Velocity = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 
 
@@ -138,9 +139,10 @@ def ode_sample(velocity: Velocity, observation: Tensor, x: Tensor, flow_steps: i
     return x.clamp(-1, 1)
 
 
-def critic_target(next_q: Tensor, reward: Tensor, mask: Tensor, discount: float, rho: float):
-    """(E2) y = R + gamma^c m Q', Q' = mean_e Q^e(s', a') - rho std_e Q^e(s', a') of the target
-    critics, from next_q [E, B], reward and mask [B], and discount gamma^c -> [B]."""
+def critic_target(next_q: Tensor, reward: Tensor, mask: Tensor, discount: float,
+                  rho: float) -> Tensor:
+    """(E2) y = R + gamma^c m (mean_e Q^e(s', a') - rho std_e Q^e(s', a')), from the target critics'
+    next_q [E, B], reward R and mask m [B], and discount gamma^c -> [B]."""
     return reward + discount * mask * (next_q.mean(0) - rho * next_q.std(0, correction=0))
 
 
@@ -159,8 +161,9 @@ def bc_loss(velocity: Velocity, observation: Tensor, action: Tensor, valid: Tens
 
 
 def memoryless_g2(t: float | Tensor, h: float) -> float | Tensor:
-    """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): the noise under which a path's end forgets its
-    beginning. In continuous time it is 2 (1 - t) / t; the shift by h keeps it finite at t = 0."""
+    """(E5) g_k^2 = 2 (1 - t_k + h) / (t_k + h): noise under which a path's end is independent of
+    its start, as (E10)'s optimum prior * exp(Q / temperature) needs. In continuous time it is
+    2 (1 - t) / t; the shift by h keeps it finite at t = 0."""
     return 2 * (1 - t + h) / (t + h)
 
 
@@ -168,8 +171,9 @@ def memoryless_rollout(velocity: Velocity, base: Velocity, observation: Tensor, 
                        noise: Tensor) -> tuple[Tensor, Tensor]:
     """(E6) Paths of the memoryless SDE, x_{k+1} = x_k + h (2 v - x_k / (t_k + h)) + sqrt(h) g_k
     noise_k, from x [B, A] with noise [K, B, A] -> x_0 ... x_{K-1} [K, B, A] and x_K [B, A], not
-    clipped. (2 v - x / t is v + (g^2 / 2) score: the noise leaves the flow's marginals as they
-    are.) The last step is an Euler step of the base's ODE: noise_{K-1} is not used."""
+    clipped. (In continuous time 2 v - x / t is v + (g^2 / 2) score: the noise leaves the flow's
+    marginals as they are.) As the authors do, the last step is one of the base's ODE, and
+    noise_{K-1} is not used."""
     h = 1 / len(noise)
     xs = [x]
     for k in range(len(noise) - 1):
@@ -181,10 +185,9 @@ def memoryless_rollout(velocity: Velocity, base: Velocity, observation: Tensor, 
 
 
 def terminal_adjoint(critic: Callable, observation: Tensor, x: Tensor) -> Tensor:
-    """(E7) adjoint_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A].
-    Not pessimistic. A number of x beyond [-1, 1] is clipped, and so gets no gradient: with paths
-    that end far out, most of the adjoint is 0. Raises ValueError where the critic does not give
-    [E, B]: the mean over a lone [B] would divide each sample's gradient by B."""
+    """(E7) adjoint_K = -grad_x mean_e Q^e(s, clip(x, -1, 1)) at the path's end x [B, A] -> [B, A]:
+    of the plain mean, without rho. Coordinates of x outside [-1, 1] get no gradient. Raises
+    ValueError unless the critic gives [E, B]: a lone [B] would be averaged over the batch."""
 
     def cost(x: Tensor) -> Tensor:
         q = critic(observation, x.clamp(-1, 1))
@@ -203,7 +206,7 @@ def lean_adjoint(base: Velocity, observation: Tensor, xs: Tensor, adjoint: Tenso
     h = 1 / len(xs)
     adjoints = []
     for k in reversed(range(len(xs))):
-        t_next = (k + 1) * h
+        t_next = (k + 1) * h  # t_k + h
         _, vjp = torch.func.vjp(lambda x: base(observation, x, t_next), xs[k])
         adjoint = adjoint + h * (2 * vjp(adjoint)[0] - adjoint / t_next)
         adjoints.append(adjoint)
@@ -216,9 +219,9 @@ def flow_times(paths: Tensor) -> Tensor:
     return steps[:, None, None] / len(paths)
 
 
-def velocity_difference(velocity: Velocity, base: Velocity, observation: Tensor, xs: Tensor):
-    """(E9) Delta_k = v_policy(s, x_k, t_k) - v_base(s, x_k, t_k) on paths xs [K, B, A], with the
-    gradient through v_policy alone -> [K, B, A]."""
+def velocity_difference(velocity: Velocity, base: Velocity, observation: Tensor,
+                        xs: Tensor) -> Tensor:
+    """(E9) Delta_k = v_policy - v_base at (s, x_k, t_k), on paths xs [K, B, A] -> [K, B, A]."""
     observation = observation.expand(len(xs), -1, -1)  # [K, B, O]
     with torch.no_grad():
         base_velocity = base(observation, xs, flow_times(xs))
@@ -226,9 +229,10 @@ def velocity_difference(velocity: Velocity, base: Velocity, observation: Tensor,
 
 
 def adjoint_matching_loss(delta: Tensor, adjoints: Tensor, temperature: Tensor | float) -> Tensor:
-    """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k adjoint_k||^2, with sigma_k =
-    g_k / sqrt(temperature), from delta and adjoints [K, B, A]. For a given
-    adjoint its minimum is Delta_k = -g_k^2 adjoint_k / (2 temperature)."""
+    """(E10) L_AM = mean_b sum_k ||2 Delta_k / sigma_k + sigma_k adjoint_k||^2, with sigma_k = g_k /
+    sqrt(temperature): the control 2 Delta_k / sigma_k, regressed on -sigma_k adjoint_k. Its minimum
+    is Delta_k = -g_k^2 adjoint_k / (2 temperature). From delta and adjoints [K, B, A]. (With few
+    steps K, adjoint_{k+1} would be more exact: docs/algorithm.md.)"""
     sigma = (memoryless_g2(flow_times(delta), 1 / len(delta)) / temperature).sqrt()  # [K, 1, 1]
     return ((2 * delta / sigma + sigma * adjoints) ** 2).sum(dim=(0, 2)).mean()
 
@@ -243,8 +247,8 @@ def path_kl(delta: Tensor, chunk_length: int) -> Tensor:
 
 
 def closed_form_kl(adjoints: Tensor, temperature: Tensor | float, chunk_length: int) -> Tensor:
-    """(E11) at the minimum of (E10) for each path, from adjoints [K, B, A]: an upper estimate,
-    KL(lambda) = (1/c) mean_b sum_k h g_k^2 ||adjoint_k||^2 / (2 temperature^2)."""
+    """(E11) if delta were (E10)'s minimum on each path by itself, (1/c) mean_b sum_k h g_k^2
+    ||adjoint_k||^2 / (2 temperature^2), from adjoints [K, B, A]: an upper estimate, only logged."""
     g2 = memoryless_g2(flow_times(adjoints), 1 / len(adjoints))  # [K, 1, 1]
     return path_kl(-g2 * adjoints / (2 * temperature), chunk_length)
 
@@ -252,9 +256,9 @@ def closed_form_kl(adjoints: Tensor, temperature: Tensor | float, chunk_length: 
 def dual_descent(lam: Tensor, kl_ema: Tensor, kl: Tensor, kl_budget: Tensor | float,
                  eta_lambda: float = 0.01, kl_ema_coef: float = 0.1, kl_clip_coef: float = 2.0,
                  lambda_min: float = 0.01, lambda_max: float = 100.0):
-    """(E12) D <- (1 - kappa) D + kappa min(KL, kl_clip_coef epsilon), lambda <- lambda + eta (D -
-    epsilon) within its range, on scalar tensors lam and kl_ema, in place: a recorded graph reads
-    and writes there. A KL over its budget raises lambda, which pulls the policy back."""
+    """(E12) D <- (1 - kappa) D + kappa min(KL, kl_clip_coef epsilon), lambda <- clip(lambda + eta
+    (D - epsilon)): kl_ema is D, kl_ema_coef kappa, kl_budget epsilon. On scalar tensors, in place,
+    as CUDA graphs need. A KL over its budget raises lambda, which pulls the policy back."""
     kl_ema.lerp_(kl.clamp(max=kl_clip_coef * kl_budget), kl_ema_coef)
     lam.add_(eta_lambda * (kl_ema - kl_budget)).clamp_(lambda_min, lambda_max)
 
@@ -279,7 +283,8 @@ class VelocityField(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, observation: Tensor, x: Tensor, t: float | Tensor) -> Tensor:
-        """observation [..., O], x [..., A], t in [0, 1] (a number or [..., 1]) -> [..., A]."""
+        """observation [..., O], x [..., A], t in [0, 1] (a number, or broadcast to
+        [..., 1]) -> [..., A]."""
         t = torch.zeros_like(x[..., :1]) + t  # [..., 1]
         return self.net(torch.cat([observation, x, t], dim=-1))
 
@@ -297,7 +302,7 @@ class Critic(nn.Module):
         for kernel in kernels:
             for member in kernel:
                 nn.init.xavier_uniform_(member)
-        # A ParameterList makes Parameters of tensors: [E, in, out] each, the others [E, 1, out].
+        # Each kernel is [E, in, out], each bias, scale and shift [E, 1, out].
         self.kernels = nn.ParameterList(kernels)
         self.biases = nn.ParameterList(torch.zeros(num_critics, 1, width) for width in widths[1:])
         self.norm_scales = nn.ParameterList(torch.ones(num_critics, 1, w) for w in hidden_dims)
@@ -321,16 +326,14 @@ class Agent(nn.Module):
         dims = observation_dim, chunk_dim, args.hidden_dims
         self.critic = Critic(*dims, args.num_critics)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # The clone is trained by cloning all along (the authors' actor_slow). The base, its moving
-        # average, is the prior (target_actor_slow). The policy is what acts (actor_fast).
+        # The authors' names: actor_slow, target_actor_slow (the prior), actor_fast (what acts).
         self.clone = VelocityField(*dims, args.actor_layer_norm)
         self.base = copy.deepcopy(self.clone).requires_grad_(False)
         self.policy = copy.deepcopy(self.clone)
-        self.noise_dim = chunk_dim  # normal numbers behind one action chunk of the policy
+        self.noise_dim = chunk_dim  # of act's noise; QAM-E's edits take as much again
         self.register_buffer("lam", torch.tensor(1.0))  # lambda
         self.register_buffer("kl_ema", torch.tensor(0.0))  # D
-        # epsilon_KL: a tensor too, so that trqam_online.py can change it under a recorded graph;
-        # not in checkpoints, so that the flag counts.
+        # A tensor, so that CUDA graphs see it change; not in checkpoints, so that the flag counts.
         self.register_buffer("kl_budget", torch.tensor(args.kl_budget), persistent=False)
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -343,8 +346,7 @@ class Agent(nn.Module):
 
     def make_optimizer(self, args: Args) -> Optimizer:
         weights = self.trained_parameters()
-        graph = weights[0].is_cuda  # which may record Adam's step
-        return Adam(weights, args.learning_rate, fused=True, capturable=graph)
+        return Adam(weights, args.learning_rate, fused=True, capturable=weights[0].is_cuda)
 
 
 # --------------------------------------------------------------------------------------- one update
@@ -355,7 +357,7 @@ class Noise(NamedTuple):
     flow_x0: Tensor  # [B, A] normal, x_0 of the behaviour-cloning pairs
     flow_t: Tensor  # [B, 1] uniform on [0, 1), their times
     sde_x0: Tensor  # [B, A] normal, x_0 of the memoryless rollout
-    sde: Tensor  # [K, B, A] normal, scaled by sqrt(h) g_k there (the last is not used)
+    sde: Tensor  # [K, B, A] normal, scaled by sqrt(h) g_k in the rollout
 
 
 def draw_noise(batch_size: int, chunk_dim: int, args: Args, generator: torch.Generator) -> Noise:
@@ -386,9 +388,8 @@ def bc_update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: No
 
 def losses(agent: Agent, batch: common.Batch, noise: Noise,
            args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of all networks together, and its statistics: scalars without gradient, in the order
-    they arise. Of the batch, valid is 0 where its episode ended within the chunk, mask 0 where the
-    task was done there, and reward the chunk's discounted sum."""
+    """The loss of all networks together, and statistics without gradient. `common.Batch` says what
+    valid and mask are; adjoint matching needs neither, as it uses only the chunk's s."""
     s, a, valid = batch.observation, batch.action, batch.valid  # [B, O], [B, A], [B]
     temperature = args.lam_scale * agent.lam
     with torch.no_grad():
@@ -397,7 +398,7 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise,
         discount = args.gamma**args.chunk_length
         target = critic_target(next_q, batch.reward, batch.mask, discount, args.rho)  # [B]
         xs, x_final = memoryless_rollout(agent.policy, agent.base, s, noise.sde_x0, noise.sde)
-        # torch.func differentiates in x all the same; nothing is kept for backward().
+        # torch.func differentiates in x even here; nothing of it is kept for backward().
         terminal = terminal_adjoint(agent.target_critic, s, x_final)  # [B, A]
         adjoints = lean_adjoint(agent.base, s, xs, terminal)  # [K, B, A]
 
@@ -425,9 +426,8 @@ def losses(agent: Agent, batch: common.Batch, noise: Noise,
 
 def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise, args: Args,
            loss_function: Callable = losses) -> dict[str, Tensor]:
-    """One TRQAM update of agent and optimizer, which never waits for the device. loss_function:
-    `losses`, or a compiled one. Returns its statistics: scalars on the device, to be read only when
-    they are logged."""
+    """One TRQAM update of agent and optimizer, without waiting for the device. loss_function:
+    `losses`, or a compiled one. Returns statistics: scalars on the device."""
     loss, statistics = loss_function(agent, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
@@ -435,7 +435,7 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     with torch.no_grad():
         # The targets follow the weights that made this loss: those before the step.
         for average, trained in ((agent.target_critic, agent.critic), (agent.base, agent.clone)):
-            # As torch's optimizers do: private, but one launch for all weights.
+            # A private function, which torch's optimizers use too: one launch for all weights.
             torch._foreach_lerp_([*average.parameters()], [*trained.parameters()], args.tau)
         optimizer.step()
         dual_descent(agent.lam, agent.kl_ema, statistics["trust_region/path_kl"], agent.kl_budget,
@@ -444,24 +444,24 @@ def update(agent: Agent, optimizer: Optimizer, batch: common.Batch, noise: Noise
     return {
         **statistics,
         "losses/grad_norm": grad_norm,
-        "trust_region/path_kl_ema": agent.kl_ema.clone(),
+        "trust_region/path_kl_ema": agent.kl_ema.clone(),  # the next update writes in place
         "trust_region/kl_budget": agent.kl_budget.clone(),
         "trust_region/lambda": agent.lam.clone(),
     }
 
 
 def tell_end_of_range(agent: Agent, args: Args):
-    """One line, if lambda stands at an end of its range, where it cannot keep the KL's budget."""
-    if agent.lam in (args.lambda_min, args.lambda_max):
-        print(f"\nnote: lambda stands at {agent.lam:.3g}, an end of its range, and cannot keep the "
+    """One line, if lambda is clipped to an end of its range, where it cannot hold the KL."""
+    if args.lambda_min < args.lambda_max and agent.lam in (args.lambda_min, args.lambda_max):
+        print(f"\nnote: lambda stands at {agent.lam:.3g}, an end of its range, and cannot hold the "
               "KL at its budget; docs/algorithm.md, at (E12), says what to turn")
 
 
 # ------------------------------------------------------------------------------------------- acting
 @torch.no_grad()
 def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
-    """Draws `samples` action chunks at each observation [n, O], from noise [n, samples, noise_dim]
-    -> those of highest mean Q [n, A]."""
+    """The best, by the critic's mean Q, of `samples` action chunks at each observation [n, O], from
+    noise [n, samples, noise_dim] -> [n, A]."""
     n, samples, _ = noise.shape
     observation = observation.repeat_interleave(samples, dim=0)  # [n * samples, O]
     action = policy_action(agent, observation, noise.flatten(0, 1), args)  # [n * samples, A]
@@ -471,54 +471,51 @@ def act(agent: Agent, observation: Tensor, noise: Tensor, args: Args) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- main
 def main(args: Args):
-    """Clone, fine-tune: the algorithm box. A resumed run falls through to where it was.
-
-    `run` (common.py) is the folder and its files: `restore` names what checkpoints hold, `steps`
-    yields the steps of a stage that are left, `after` logs, evaluates where it is given the policy,
-    and saves, where that is due.
-    """
+    """Clone, fine-tune. A resumed run skips what it has done. Of `run`,
+    of common.py, `restore` names what checkpoints hold, `steps` yields a stage's steps that are
+    left, and `after` logs, evaluates and saves, where that is due."""
     with common.Run(__file__, args) as run:
-        torch.manual_seed(args.seed)  # of the initial weights; all else draws from `generator`
+        torch.manual_seed(args.seed)  # of the initial weights; the rest draws from `generator`
         chunk_dim = args.chunk_length * run.action_dim
         agent = Agent(run.observation_dim, chunk_dim, args).to(run.device)
         optimizer = agent.make_optimizer(args)
         generator = torch.Generator(run.device).manual_seed(args.seed)
-        policy = functools.partial(act, agent, args=args)
+        acting = functools.partial(act, agent, args=args)
         run.restore(agent=agent, optimizer=optimizer, generator=generator)
         if args.bc_checkpoint and not run.done:  # else it is resumed
             run.load_clone(agent.clone)
         if args.eval_only:
-            return run.evaluate_only(policy)
+            return run.evaluate_only(acting)
 
         dataset = run.load_dataset()
 
         def draw(sample=dataset.sample):
             batch = sample(args.batch_size, generator)
-            return batch, draw_noise(len(batch.reward), chunk_dim, args, generator)
+            return batch, draw_noise(args.batch_size, chunk_dim, args, generator)
 
-        updates = args.offline_steps
-        fast = common.compiled(losses, args.compile, updates, run.device)
-        fast_bc_update = functools.partial(bc_update, agent, optimizer, args=args)
-        fast_update = functools.partial(update, agent, optimizer, args=args, loss_function=fast)
+        updates = args.offline_steps  # so many, compiling pays
+        compiled = common.compiled(losses, args.compile, updates, run.device)
+        bc_step = functools.partial(bc_update, agent, optimizer, args=args)
+        train_step = functools.partial(update, agent, optimizer, args=args, loss_function=compiled)
         if args.cuda_graph and run.device.type == "cuda":
-            fast_bc_update = common.CudaGraph(fast_bc_update)
-            fast_update = common.CudaGraph(fast_update)
+            bc_step = common.CudaGraph(bc_step)
+            train_step = common.CudaGraph(train_step)
 
-        # 1. Clone the behaviour in the data: that is the prior.
+        # 1. Clone the behaviour in the data: what the base and the policy start from.
         for _ in run.steps("bc", 0 if args.bc_checkpoint else args.bc_steps):
-            run.after(fast_bc_update(*draw()))
+            run.after(bc_step(*draw()))
 
         # 2. Fine-tune a copy of it on the data, at the KL budget.
         if run.enters("offline"):  # once, and not again where it is resumed
             agent.start_from_clone()
-            optimizer.state.clear()  # Adam's moments begin anew,
-            generator.manual_seed(args.seed)  # and the noise: as from --bc-checkpoint
+            optimizer.state.clear()  # Adam's moments and the noise begin anew, so that the stage
+            generator.manual_seed(args.seed)  # is the same from --bc-checkpoint
             run.save_clone(agent.clone)
-            run.evaluate_and_save(policy)  # the clone's score
+            run.evaluate_and_save(acting)  # the clone's score
         for _ in run.steps("offline", args.offline_steps):
-            if run.after(fast_update(*draw()), policy):
+            if run.after(train_step(*draw()), acting):
                 tell_end_of_range(agent, args)
-        run.finish(policy)
+        run.finish(acting)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ STUDY = [  # setting, file of the offline run from which it starts
     (Setting("trqam-online", "TRQAM", TRQAM, []), "checkpoint.pt"),
     (Setting(f"trqam-online-{BUDGET}", f"TRQAM, budget {BUDGET} online", TRQAM,
              ["--kl-budget-online", str(BUDGET)]), "checkpoint.pt"),
-    (Setting("clone-online", "TRQAM, from the clone alone", TRQAM, []), CLONE),
+    (Setting("clone-online", "TRQAM, from the clone alone", TRQAM,
+             ["--offline-steps", "0"]), CLONE),
     (Setting("qam", f"QAM, τ = {TEMPERATURE:g}", "qam_baseline",
              ["--inverse-temperature", str(TEMPERATURE)]), CLONE),
 ]
