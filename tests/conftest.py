@@ -44,8 +44,9 @@ def scripts_with(setting: str) -> list:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """Two collected episodes: 2,000 transitions."""
-    folder = tmp_path_factory.mktemp("pointmaze")
+    """Two collected episodes: 2,000 transitions; one file for all of pytest-xdist's processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "pointmaze"
     return common.collect_dataset("pointmaze-medium-navigate-v0", 2, 0, str(folder))
 
 
