@@ -13,6 +13,7 @@ leaves out what is finished. Needs Ray: `pip install ray`.
 """
 
 import contextlib
+import csv
 import functools
 import importlib
 import itertools
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from mechanism import config_of, read, start
+import tyro
 
 import common
 import trqam_offline
@@ -151,6 +152,10 @@ def is_finished(folder: Path, mark: str) -> bool:
     return False
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
 def refusal(run: Run, folder: Path) -> str:
     """Which setting of a folder's run is not the one asked for; "" where none. A script that is
     resumed sees those that are given, but not those that are given no more."""
@@ -207,7 +212,7 @@ def events(folder: Path) -> list[str]:
         for number, sitting in enumerate(config_of(folder)["sittings"], 1):
             begun = "".join(f", {stage} {step:,}" for stage, step in sitting["began_at"].items())
             said.append(f"sitting {number} begins{begun}")
-        for row in read(folder / "eval.csv"):
+        for row in csv.DictReader((folder / "eval.csv").read_text().splitlines()):
             success = {key: float(x) for key, x in row.items() if key[:7] == "success" and x}
             said.append(f"{row['stage']} {int(row['step']):,}: {common.show(success)}")
     return said
@@ -357,4 +362,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    start(main, Args)
+    try:
+        main(tyro.cli(Args))
+    except (common.UserError, KeyboardInterrupt) as error:
+        sys.exit(f"error: {error}" if str(error) else "stopped; the same command goes on")

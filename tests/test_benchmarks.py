@@ -20,8 +20,6 @@ import trqam_online
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import compare
 import kill_resume
-import mechanism
-import online
 import soak
 import variant_qam
 import variant_trqam
@@ -55,35 +53,8 @@ def train(updates=1, args=ARGS, compiled=False):
     return agent, [update(noise) for noise in noises]
 
 
-def test_the_critics_error_has_the_size_and_the_gradient_it_says():
-    rows = []
-    for seed in range(400):
-        f, s, a = mechanism.RandomFunction(seed, S, A), 5 * torch.randn(20, S), torch.rand(20, A)
-        slopes = torch.func.grad(lambda s, a: f(s, a).sum(), argnums=(0, 1))(s, a)
-        rows.append((f(s, a), *slopes))
-    values, over_s, over_a = (torch.stack(x) for x in zip(*rows))
-    for x, size in ((values, 1), (over_a, 1), (over_s, 1 / mechanism.OBSERVATION_LENGTH)):
-        assert abs(x.mean()) < 0.1 and x.pow(2).mean().sqrt() == pytest.approx(size, rel=0.1)
-    assert torch.equal(mechanism.RandomFunction(399, S, A)(s, a), values[-1])
-    assert not torch.equal(mechanism.RandomFunction(38, S, A)(s, a), values[-1])
-
-
-def test_the_critics_error_enters_the_adjoint_alone(script):
-    (agent, [before]), s, x = train(), torch.randn(B, S), torch.randn(B, A) / 3
-    exact = script.terminal_adjoint(agent.target_critic, s, x)
-    mechanism.CriticError(3.0)(script, seed=5)
-    twin, [after] = train()
-    f, wrong = mechanism.RandomFunction(5, S, A), script.terminal_adjoint(twin.target_critic, s, x)
-    slope = torch.func.grad(lambda x: f(s, x.clamp(-1, 1)).sum())(x)
-    torch.testing.assert_close(wrong, exact - 3 * slope, rtol=1e-4, atol=1e-5)
-    assert twin.state_dict().keys() == agent.state_dict().keys()
-    assert after["losses/critic_loss"] == before["losses/critic_loss"]
-    assert after["losses/adjoint_matching_loss"] != before["losses/adjoint_matching_loss"]
-
-
-@pytest.mark.parametrize("change", [mechanism.CriticError(3.0), mechanism.ExternalPenalty(0.01)])
-def test_a_changed_update_can_be_compiled(script, change):
-    change(script, seed=5)
+def test_an_update_with_the_external_penalty_can_be_compiled(script):
+    variant_qam.penalise(budget=0.01)
     torch.testing.assert_close(train(5, PENALISED, compiled=True)[1], train(5, PENALISED)[1])
 
 
@@ -91,7 +62,7 @@ def test_the_external_penalty_holds_the_kl_at_its_budget(script):
     mean = lambda key: np.mean([float(row[f"trust_region/{key}"]) for row in rows[-100:]])
     _, rows = train(300, PENALISED)
     assert mean("path_kl") > 0.5  # far over that budget, without the penalty
-    mechanism.ExternalPenalty(budget=0.2)(script, seed=0)
+    variant_qam.penalise(budget=0.2)
     agent, rows = train(600, PENALISED)
     assert rows[0]["trust_region/penalty"] == 0  # the KL starts below its budget
     assert mean("penalty") > 1 and 0.15 < mean("path_kl") < 0.25
@@ -169,91 +140,6 @@ def test_runs_are_pooled_by_script_and_settings_and_drawn_with_their_intervals(t
     for runs, words in (((trqam, trqam), "second run"), ((tmp_path / "nowhere",), "is no run")):
         with pytest.raises(SystemExit, match=words):
             table(*runs)
-
-
-def test_the_study_says_what_its_runs_say(tmp_path):
-    args = mechanism.Args(seeds=2, updates=400, env_id=TASK, runs_dir=str(tmp_path))
-    study = mechanism.settings()
-    for seed in range(2):
-        write_run(tmp_path / f"prior-seed{seed}", "trqam_offline", seed,
-                  [("bc", 9, 0.1 + 0.1 * seed)], offline_steps=0, preset="quick")
-        for number, setting in enumerate(study):
-            curve = [("bc", 0, 0.1), ("offline", 400, 0.3 + 0.02 * number + 0.1 * seed)]
-            rows = [{"stage": "offline", "step": step, "losses/critic_loss": 2.0,
-                     "trust_region/lambda": 3.0 if setting.script == "trqam_offline" else "",
-                     "trust_region/path_kl": 1.0 + seed if step > 300 else 99.0}
-                    for step in range(25, 401, 25)]
-            run = tmp_path / f"{setting.name}-seed{seed}"
-            write_run(run, setting.script, seed, curve, rows, offline_steps=400, preset="quick")
-    assert not any(mechanism.missing_runs(args, study))
-    with pytest.raises(common.UserError, match="offline_steps 400, not 200"):
-        mechanism.finished(run, "offline", offline_steps=200)
-    rows = mechanism.summarise(args, study)
-    assert len(rows) == 2 * (1 + len(study)) and rows[-1]["commit"] == "abc"
-    table = mechanism.as_table(rows)
-    assert "| behaviour cloning | 0.15 ± 0.05 |  |  |  |" in table
-    assert "| TRQAM, budget 0.1 | 0.35 ± 0.05 | 1.5 ± 0.5 | 3 ± 0 | 2 ± 0 |" in table
-    assert "| QAM, τ = 3 | 0.43 ± 0.05 | 1.5 ± 0.5 |  | 2 ± 0 |" in table
-    figure = mechanism.draw(args, study, "two seeds of nothing")
-    drawn = {line.get_label() for axis in figure.axes for line in axis.lines}
-    assert {setting.label for setting in study} <= drawn
-    mechanism.write(tmp_path / "mechanism", "two seeds of nothing", table, rows, figure)
-    committed = Path(mechanism.__file__).with_name("results") / "mechanism"
-    new, old = (mechanism.read(x / "mechanism.csv")[-1] for x in (tmp_path, committed))
-    assert [*new] == [*old] and new["setting"] == old["setting"]
-    # A run that was stopped before its end goes on; the constant lambda is the mean of another's.
-    run, [constant] = tmp_path / "constant-seed1", [x for x in study if x.after]
-    (run / "eval.csv").write_text("stage,step,success\noffline,200,0.5\n")
-    *done, [(*left, flags)] = mechanism.missing_runs(args, study)
-    assert done == [[], []] and left == [constant, 1, run]
-    assert " ".join(flags).endswith("--eta-lambda 0 --lambda-min 3.0 --lambda-max 3.0")
-
-
-def test_the_online_study_says_what_its_runs_say(tmp_path):
-    args = online.Args(seeds=2, online_steps=600, runs_dir=str(tmp_path))
-    train = [{"stage": "offline", "step": 200_000, "trust_region/path_kl": 9.0}]
-    for step in range(100, 601, 100):
-        train.append({"stage": "online", "step": step, "charts/environment_SPS": 800.0})
-        if step > 100:  # only collecting at first, so nothing is known of the KL
-            train[-1] |= {"trust_region/path_kl": step / 100, "trust_region/lambda": 3.0}
-    for seed in range(2):
-        for setting, file in [(online.OFFLINE, ""), *online.STUDY]:
-            curve = [("bc", 9, 0.1), ("offline", 200_000, 0.3)][: 1 if "bc" in file else 2]
-            curve += [("online", 300, 0.5), ("online", 600, 0.7 + 0.2 * seed)]
-            run, commits = tmp_path / f"{setting.name}-seed{seed}", ("abc", "def")
-            write_run(run, setting.script, seed, curve, train, commits=commits, online_steps=600)
-    assert not any(online.missing_runs(args))
-    rows = online.summarise(args)
-    assert [(row["step"], row["path_kl"]) for row in rows[-2:]] == [(300, 2.5), (600, 5.0)]
-    table, last = online.as_table(rows), rows[-1]
-    assert last["environment_SPS"] == 800 and last["commits"] == "abc def"
-    heads = "cloned | before going online | 300 steps online | 600 steps online"
-    cells = "0.50 ± 0.00 | 0.80 ± 0.10 | 0.80 ± 0.10 | 5.00 ± 0.00 |"
-    assert f"| | {heads} | mean of 1, after 300 | path KL, last |" in table
-    assert f"| TRQAM | 0.10 ± 0.00 | 0.30 ± 0.00 | {cells}" in table
-    assert f"| TRQAM, from the clone alone | 0.10 ± 0.00 |  | {cells}" in table
-    title = mechanism.describe(mechanism.config_of(run), 2, "words")
-    assert f"{TASK}, 2 seeds, evaluations of 50 episodes, words" in title and "abc def" in title
-    success, kl, _ = online.draw(args, title, budget=0.5).axes
-    assert [*success.lines[0].get_xdata()] == [-200_000, 0, 300, 600]
-    assert {line.get_label() for line in kl.lines} >= {x.label for x, _ in online.STUDY}
-    (tmp_path / "qam-seed1" / "config.json").unlink()
-    [_, [(setting, seed, where, flags)]] = online.missing_runs(args)
-    assert (setting.name, seed, where) == ("qam", 1, tmp_path / "qam-seed1")
-    assert flags[0] == "quick" and f"{tmp_path}/trqam-offline-seed1/bc_checkpoint.pt" in flags
-
-
-def test_a_study_starts_its_runs_as_the_command_line_does_and_resumes_them(tmp_path, monkeypatch):
-    started, run = [], tmp_path / "run"
-    monkeypatch.setattr(common, "run_script", lambda *words: started.append((*words, sys.argv)))
-    monkeypatch.setattr(sys, "argv", [])
-    assert mechanism.train(online.STUDY[0][0], 3, run, ["--checkpoint", "x.pt"]) == ""
-    run.mkdir()
-    (run / "checkpoint.pt").touch()
-    assert mechanism.train(online.STUDY[0][0], 3, run, []) == ""
-    script, flags = trqam_online, (["--checkpoint", "x.pt", "--seed", "3"], ["--resume"])
-    expected = script.__file__, script.main, script.Args, script.settings
-    assert started == [(*expected, ["trqam_online.py", *x, "--run-dir", str(run)]) for x in flags]
 
 
 def test_kill_resume_finds_every_difference(tmp_path):
