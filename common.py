@@ -38,7 +38,7 @@ import typing
 import urllib.request
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path, PosixPath
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from unittest.mock import patch
@@ -48,7 +48,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-SHOWN = sys.stderr is not None and sys.stderr.isatty()
+SHOWN = getattr(sys.stderr, "isatty", bool)()
 PROGRESS = dict(dynamic_ncols=True, mininterval=0.5 if SHOWN else 20, disable=sys.stderr is None)
 
 
@@ -293,7 +293,8 @@ class ChunkDataset:
     Args (arrays, lists or tensors):
         observations: [M, O], actions: [M, d] in [-1, 1], rewards: [M], masks: [M] (0 where the task
             is done, else 1), terminals: [M], true at each episode's last row, its final state.
-        chunk_length: c, from 1 to the number of transitions. gamma: discount per step, in (0, 1].
+        chunk_length: c, from 1 to the longest episode's transitions.
+        gamma: discount per step, in (0, 1].
         sparse: replace every reward that is not 0 by -1.
         device: where the data lives; batches come to their generator's device.
 
@@ -319,8 +320,10 @@ class ChunkDataset:
         self.episodes = self.offline_episodes = len(final)  # the running one has this number
         self.size = self.offline_size = len(terminals) - len(final)
         self.chunk_length, self.gamma, self.sparse = chunk_length, gamma, sparse
-        if not 1 <= chunk_length <= self.size:
-            raise ValueError(f"{self.size} transitions hold no chunk of length {chunk_length}")
+        longest = int(torch.diff(self.ends, prepend=self.ends.new_zeros(1)).max())
+        if not 1 <= chunk_length <= longest:
+            raise ValueError(f"no episode holds a chunk of length {chunk_length}: the longest has "
+                             f"{longest} transitions")
 
     @classmethod
     def from_transitions(cls, observations, actions, rewards, next_observations, terminated,
@@ -593,21 +596,28 @@ def find_files(dataset_name: str, dataset_path: str, dataset_dir: str, collect_e
         given, origin = Path(dataset_path).expanduser(), "path"
         files = [given]
         if given.is_dir():
-            files = sorted(x for x in given.glob("*.npz") if not x.stem.endswith("-val"))
+            files = sorted(x for x in given.glob("[!.]*.npz") if not x.stem.endswith("-val"))
         require(given.exists(), f"--dataset-path: {given} does not exist")
         require(files, f"--dataset-path: {given} holds no .npz file")
+        for path in files:
+            require(path.is_file(), f"--dataset-path: {path} is no file")
     elif collect_episodes:
         files = [collect_dataset(dataset_name, collect_episodes, collect_seed, dataset_dir)]
         origin = "collected"
     else:
         files, origin = [official_file(dataset_name, dataset_dir)], "official"
     hashes = [file_hash(path) for path in files]
+    require(len({*hashes}) == len(files), f"--dataset-path: {dataset_path} holds a file twice")
     sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     info = dict(origin=origin, dataset=dataset_name)
-    if len(files) == 1 and (made := collection_of(files[0])):
-        require(made["dataset"] == dataset_name, f"{files[0]} was collected as {made['dataset']}, "
-                f"but {dataset_name} is needed")
-        info = made
+    named = {split_env_id(x)[1] for x in known_env_ids()} - {dataset_name}
+    for path in files:
+        if made := collection_of(path):
+            require(made["dataset"] == dataset_name, f"{path} was collected as {made['dataset']}, "
+                    f"but {dataset_name} is needed")
+            info = made if len(files) == 1 else info
+        if path.stem in named:
+            print(f"note: {path} has the name of another dataset than {dataset_name}")
     return files, info | dict(files=[str(path) for path in files], sha256=sha256)
 
 
@@ -792,6 +802,8 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
     require(can_collect(dataset_name),
             f"--collect-episodes: OGBench ships no oracle for {dataset_name}; use 0, and "
             f"{dataset_name}.npz of OGBench's host or a mirror, by --dataset-path")
+    if collection_of(path):
+        return path
     make_folder(path.parent, "--dataset-dir")
     partial = path.with_suffix(".partial")
     with lock_file(path.with_suffix(".lock"), wait=True):  # a second run that wants it waits here
@@ -811,7 +823,7 @@ def collect_dataset(dataset_name: str, episodes: int, seed: int, dataset_dir: st
         with worker_context() as context:
             pool = ProcessPoolExecutor(workers or cores(), context, initializer=follow_the_parent)
             episodes_made = pool.map(collect, *zip(*missing))
-        with bar, pool, contextlib.closing(episodes_made):  # which calls off those that wait
+        with worker_errors(), bar, pool, contextlib.closing(episodes_made):  # calls off the others
             for _ in episodes_made:
                 bar.update(steps)
         for split, target in (("val", path.with_name(f"{path.stem}-val.npz")), ("train", path)):
@@ -898,7 +910,8 @@ class Evaluator:
         self.played, results, width = [], [], self.envs.num_envs
         for first in range(0, len(self.seeds), width):  # as many episodes as there are processes
             seeds = self.seeds[first : first + width]
-            results.append(self.play(policy, samples, seeds)[:, : len(seeds)])
+            with worker_errors():
+                results.append(self.play(policy, samples, seeds)[:, : len(seeds)])
         scores = {"episodes": len(self.seeds)}
         for key, values in zip(SCORES, np.concatenate(results, axis=1)):
             if np.isfinite(values).all():
@@ -964,11 +977,8 @@ def film_here(env_id: str, own: Callable | None, chunk_length: int, episodes, fo
         os.environ.setdefault("MUJOCO_GL", "egl")
     size = {} if own else dict(width=240, height=240)
     env = make_env(env_id, own, render_mode="rgb_array", **size)
-    env.reset()
-    env.render()
-    if episodes:
-        env = gymnasium.wrappers.RecordVideo(
-            env, folder, episode_trigger=lambda _: True, name_prefix=prefix)
+    env = gymnasium.wrappers.RecordVideo(
+        env, folder, episode_trigger=lambda _: True, name_prefix=prefix)
     for seed, chunks in episodes:
         env.reset(seed=seed)
         for action in chunks.reshape(len(chunks) * chunk_length, -1):
@@ -1009,7 +1019,7 @@ class RunArgs:
     seed: Annotated[int, Seed] = 0
     """seed of the networks, batches, noise and evaluation episodes"""
     run_dir: str = ""
-    """folder of the run's files; default runs/{env_id}__{script}__{seed}__{time}"""
+    """folder of the run's files; default runs/{env_id}__{script}__{seed}__{time}-{process}"""
     resume: bool = False
     """continue the run in --run-dir from its checkpoint, with the settings stored there"""
     device: str = "auto"
@@ -1058,11 +1068,7 @@ class RunArgs:
             path = getattr(self, name)
             if not path or name == "dataset_dir" and self.dataset_path:
                 continue  # it is not used
-            with telling(f"{flag_of(name)} {path[:200]!a}", "write another path"):
-                path.encode()
-                absolute = Path(path).expanduser().absolute()
-                absolute.exists()  # which raises for a path that cannot be
-            setattr(self, name, str(absolute))
+            setattr(self, name, str(expanded(path, flag_of(name))))
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for allowed in getattr(hint, "__metadata__", ()):
@@ -1081,6 +1087,15 @@ OF_A_SITTING = set("run_dir resume eval_only checkpoint device num_threads compi
 RESUME_MAY_CHANGE = OF_A_SITTING | set(
     "dataset_path dataset_dir offline_steps online_steps learning_starts utd_ratio "
     "balanced_sampling kl_budget_online".split())
+
+
+def expanded(path: str, flag: str) -> Path:
+    """An absolute path, `~` expanded. Raises UserError, with the flag it came by, for none."""
+    with telling(f"{flag} {path[:200]!a}", "write another path"):
+        path.encode()
+        absolute = Path(path).expanduser().absolute()
+        absolute.exists()  # which raises for a path that cannot be
+        return absolute
 
 
 def flag_of(field: str) -> str:
@@ -1113,7 +1128,8 @@ def source_of(script: str, args) -> tuple[Path, str, str] | None:
     """What `read_checkpoint` takes, where a run resumes, evaluates or starts from a checkpoint."""
     if args.resume:
         require(args.run_dir, "--resume needs --run-dir, the folder of the run to continue")
-        newest, previous = (Path(args.run_dir).expanduser() / name for name in CHECKPOINTS)
+        require(not args.eval_only, "--resume and --eval-only: leave one out")
+        newest, previous = (expanded(args.run_dir, "--run-dir") / name for name in CHECKPOINTS)
         require(newest.exists() or previous.exists(),
                 f"--resume: {newest.parent} holds no run; leave it out to start one there")
         return newest if newest.exists() else previous, script, "--resume"
@@ -1122,7 +1138,7 @@ def source_of(script: str, args) -> tuple[Path, str, str] | None:
     kind = script if args.eval_only else type(args).starts_from
     require(args.checkpoint and kind,
             "--eval-only and --checkpoint go together: the one evaluates the other")
-    return Path(args.checkpoint).expanduser(), kind, "--checkpoint"
+    return expanded(args.checkpoint, "--checkpoint"), kind, "--checkpoint"
 
 
 def run_script(file: str, main: Callable, args_class: type, settings: Callable):
@@ -1250,16 +1266,23 @@ class Run:
                 "--track needs Weights & Biases: pip install wandb")
         self.objects, self.state, self.done, self.data = {}, {}, {}, None
         self.rows, self.sittings = {"train.csv": [], "eval.csv": []}, []
-        self.writer = self.lock = self.wandb_id = None
+        self.writer = self.lock = self.wandb = self.wandb_id = None
         self.stopping, self.seconds, self.began = 0, 0.0, time.perf_counter()  # of this sitting
+        self.handlers = {x: signal.getsignal(x) for x in (signal.SIGINT, signal.SIGTERM)}
         name = f"{args.env_id}__{self.script}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        numbered = (Path("runs", name + f"-{n}" * bool(n)).absolute() for n in itertools.count())
+        names = (f"{name}-{os.getpid()}" + f"-{n}" * bool(n) for n in itertools.count())
+        numbered = (Path("runs", name).absolute() for name in names)
         self.path = Path(args.run_dir or next(path for path in numbered if not path.exists()))
         if source := source_of(self.script, args):
             self.go_on_from(*source)
+        self.require_unused()
+
+    def require_unused(self):
+        """Raise UserError where a new run's folder is not empty."""
         used = any(self.path.glob("[!.]*"))  # a run that was killed at once leaves hidden files
-        require(args.resume or args.eval_only or not used, f"--run-dir: {self.path} is not empty; "
-                "name another folder, or continue its run with --resume")
+        new = not self.args.resume and not self.args.eval_only
+        require(not new or not used, f"--run-dir: {self.path} is not empty; name another folder, "
+                "or continue its run with --resume")
 
     def go_on_from(self, path: Path, kind: str, flag: str):
         """Take over the checkpoint that this run resumes, starts from or evaluates."""
@@ -1313,13 +1336,17 @@ class Run:
         return self
 
     def __exit__(self, kind, error, _):
-        self.listen(False)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.handlers.items():  # the caller's
+                signal.signal(number, handler or signal.SIG_DFL)
         if "evaluator" in vars(self):
             self.evaluator.close(at_once=kind is not None)
         with contextlib.suppress(OSError if error else ()):  # of a full disk, which has been told
             for part in (self.writer, self.lock):
                 if part:
                     part.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=int(bool(error)))  # or the next run would go on in this one
         if kind is KeyboardInterrupt or self.stopping:
             way = f"--run-dir {self.path} --resume" if self.lock else "the same command"
             print(f"\nstopped; continue with {way}", file=sys.stderr)
@@ -1338,7 +1365,9 @@ class Run:
         self.try_needs()
         make_folder(self.path, "--run-dir")
         self.lock = lock_file(self.path / ".lock", wait=False)
-        commit = git_commit(sys.modules[type(self.args).__module__])
+        self.require_unused()  # another process may have had it meanwhile
+        program = sys.modules.get(type(self.args).__module__)
+        commit = git_commit(getattr(program, "__file__", None) or "a notebook")
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
         hardware = dict(cpu=cpu_name(), cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
         self.sittings.append(dict(command=sys.argv, began_at=dict(self.done), git_commit=commit,
@@ -1363,11 +1392,12 @@ class Run:
             import wandb
 
             environ = os.environ.get  # whose variables win
-            run = wandb.init(
-                project=environ("WANDB_PROJECT", "trqam"), id=self.wandb_id, resume="allow",
-                name=environ("WANDB_NAME", self.path.name), config=vars(args),
-                sync_tensorboard=True)
-            self.wandb_id = run.id
+            with telling("--track: Weights & Biases cannot start", "try `wandb login`"):
+                self.wandb = wandb.init(
+                    project=environ("WANDB_PROJECT", "trqam"), id=self.wandb_id, resume="allow",
+                    name=environ("WANDB_NAME", self.path.name), config=vars(args),
+                    sync_tensorboard=True)
+            self.wandb_id = self.wandb.id
         from torch.utils.tensorboard import SummaryWriter
 
         purge = sum(self.done.values()) + 1 if args.resume else None
@@ -1395,7 +1425,9 @@ class Run:
         require(shutil.disk_usage(parent).free > need, f"--run-dir: {parent} has no room for two "
                 f"checkpoints of {need / 2**31:.1f} GiB; name another folder")
         if self.args.capture_video:
-            said = film(self.args.env_id, self.args.chunk_length, [], self.path, "")
+            one = 0, np.zeros((1, self.args.chunk_length * self.action_dim), np.float32)
+            with tempfile.TemporaryDirectory() as folder:
+                said = film(self.args.env_id, self.args.chunk_length, [one], Path(folder), "tried")
             require(not said, f"--capture-video: no renderer works here ({said}); install EGL "
                     "(libegl1) or leave it out")
         self.evaluator  # noqa: B018 (its worker processes start)
@@ -1405,9 +1437,11 @@ class Run:
         args, began = self.args, self.data if self.args.resume else None
         if args.collect_episodes and not args.dataset_path and args.env_id not in TASKS:
             name = split_env_id(args.env_id)[1]
-            rows = args.collect_episodes * (official_size(name)[1] - 1)
-            require(max(args.batch_size, args.chunk_length) <= rows, "--batch-size and "
-                    f"--chunk-length must be at most the {rows} transitions that are collected")
+            steps = official_size(name)[1] - 1
+            rows = args.collect_episodes * steps
+            require(args.batch_size <= rows and args.chunk_length <= steps,
+                    f"--batch-size must be at most the {rows} transitions that are collected, and "
+                    f"--chunk-length at most an episode's {steps}")
             path = collected_path(name, args.collect_episodes, args.collect_seed, args.dataset_dir)
             if can_collect(name) and not path.exists():
                 make_folder(path.parent, "--dataset-dir")
@@ -1509,7 +1543,13 @@ class Run:
         scores = self.evaluator.evaluate(policy, self.args.best_of_n)
         self.append("eval.csv", *self.newest(), scores)
         self.bar.set_postfix({key: f"{scores[key]:.2f}" for key in SCORES[:2] if key in scores})
-        self.draw()
+        try:
+            with patch.dict(os.environ, MPLBACKEND="agg"):  # no screen's can stop it
+                import matplotlib.style
+            with matplotlib.style.context("default"):  # nor what a user's file sets
+                self.draw()
+        except Exception as error:  # nor does a run end for want of a picture
+            print(f"note: the learning curve could not be drawn ({one_line(error)})")
         self.save()
         self.logged = self.logged[0] + time.perf_counter() - paused, self.logged[1]  # not in rates
 
@@ -1525,7 +1565,8 @@ class Run:
     def film(self, folder: Path):
         """Film the first episodes of the last evaluation, under a name that says of which step."""
         args, (stage, step), folder = self.args, self.newest(), folder / "videos"
-        name = f"{stage}-{step}-seed{args.seed}"
+        names = (f"{stage}-{step}-seed{args.seed}" + f"-{n}" * bool(n) for n in itertools.count())
+        name = next(name for name in names if not [*folder.glob(f"{name}-episode*")])
         said = film(args.env_id, args.chunk_length, self.evaluator.played[:3], folder, name)
         print(f"no video: {said}" if said else f"video: {folder}/{name}*.mp4")
 
@@ -1556,8 +1597,8 @@ class Run:
     def draw(self):
         """learning_curve.png: success (return, where there is none) of fine-tuning beside the
         clone's, and what was logged under trust_region/, by its name."""
-        with patch.dict(os.environ, MPLBACKEND="agg"):  # no screen's can stop it
-            from matplotlib.figure import Figure
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(12, 4), layout="constrained")
         score, region = figure.subplots(1, 2)
         start = {"offline": 0, "online": self.done.get("offline", 0)}  # cloning is at 0
@@ -1581,8 +1622,8 @@ class Run:
             axis.set_xlabel("fine-tuning steps")
             axis.grid(alpha=0.3)
         title = f"{self.args.env_id}, seed {self.args.seed}\n{describe_dataset(self.data)}"
-        figure.suptitle(title, fontsize=9)
-        picture = functools.partial(figure.savefig, dpi=110)
+        figure.suptitle(title, fontsize=9, parse_math=False)
+        picture = functools.partial(figure.savefig, dpi=110, format="png")
         write_atomically(self.path / "learning_curve.png", picture)
 
     def finish(self, policy: Callable):
@@ -1640,7 +1681,7 @@ def compiled(function: Callable, choice: str, updates: int, device: torch.device
         return function
     try:
         with telling("--compile: torch.compile does not work here", "install a C++ compiler"):
-            torch.compile(torch.sin)(torch.ones(2, device=device))
+            torch.compile(torch.sin, fullgraph=True)(torch.ones(2, device=device))
     except UserError as error:  # no compiler, none of its headers, no Triton: each in its own way
         require(choice == "auto", str(error))
         print(f"not compiled, so slower: {error}")
@@ -1727,11 +1768,13 @@ def lock_file(path: Path, wait: bool):
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         require(wait, f"--run-dir: another process is running in {path.parent}; wait for it, or "
                 "name another folder")
         print(f"waiting for another process, which holds {path}", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        print(f"note: {path.parent} is on a file system without locks: see that one run uses it")
     return file
 
 
@@ -1750,12 +1793,19 @@ def worker_context():
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
     # By these two names a worker would find the program that started it, and run it.
     unnamed = patch.dict(vars(sys.modules["__main__"]), __file__=None, __spec__=None)
-    with (telling("worker processes cannot be started", "free memory", (OSError, EOFError)),
+    way = "free memory, raise `ulimit -n`, or do not start this from a worker of another pool"
+    with (telling("worker processes cannot be started", way, (OSError, EOFError, AssertionError)),
           patch.dict(os.environ, own), patch.object(tempfile, "tempdir", short), unnamed):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         multiprocessing.forkserver.ensure_running()
         yield context
+
+
+def worker_errors():
+    """`telling` where a worker process ends in the midst of its work."""
+    return telling("a worker process has ended, as where memory is short", "free some; what was "
+                   "saved goes on by --resume", (EOFError, ConnectionError, BrokenExecutor))
 
 
 def follow_the_parent():
@@ -1769,8 +1819,7 @@ def follow_the_parent():
 def cores() -> int:
     """Cores that this process may use, by its affinity and its container's limit."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    for quota, period in limits_of("cpu.max"):
         allowed = min(allowed, math.ceil(int(quota) / int(period)))
     return max(1, allowed)
 
@@ -1778,9 +1827,18 @@ def cores() -> int:
 def total_memory() -> int:
     """Bytes of memory of the machine, or of the container."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total
+    return min(total, *(int(limit) for [limit] in limits_of("memory.max")), total)
+
+
+def limits_of(name: str) -> list[list[str]]:
+    """What a file of this process's control group, and of those above it, holds, but for "max"."""
+    with contextlib.suppress(OSError, TypeError):
+        own = re.search("^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.M)[1]
+        root = Path("/sys/fs/cgroup")
+        files = (root / group / name for group in (own, *map(str, Path(own).parents)))
+        found = [file.read_text().split() for file in dict.fromkeys(files) if file.exists()]
+        return [words for words in found if words[0] != "max"]
+    return []
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -1794,15 +1852,17 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def git_commit(program: Any = None) -> str | None:
+def git_commit(file: str | None = None) -> str | None:
     """Commit of the code that runs, with "+changes" where its tree differs from it or does not hold
-    the module `program`; None outside a git checkout."""
-    here = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-    git = functools.partial(subprocess.run, **here)
+    `file`, the program's (default: this one); None outside a git checkout."""
+    # A hook's variables would name the repository that it was called in.
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, env=own,
+                            capture_output=True, text=True)
     with contextlib.suppress(OSError):
         commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
         changes = git(["git", "status", "--porcelain", "-uno"]).stdout.strip()
-        file = os.path.abspath(getattr(program, "__file__", None) or __file__)
+        file = os.path.abspath(file or __file__)
         foreign = git(["git", "ls-files", "--error-unmatch", file]).returncode
         return commit + "+changes" * bool(changes or foreign) if commit else None
 

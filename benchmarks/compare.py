@@ -63,6 +63,7 @@ def read_run(folder: Path) -> dict:
         # A run older than a switch had it off.
         settings = {key: x for key, x in args.items() if key not in MAY_DIFFER and x is not False}
         settings |= dict(script=script, data=data["sha256"][:12])
+        settings |= dict(ogbench=config.get("versions", {}).get("ogbench"))  # which scores
         settings |= dict(offline_steps=offline) if online else {}  # before the online ones
         place, curve = dict(bc=lambda step: 0, offline=int, online=lambda x: offline + int(x)), {}
         measure = "success" if not rows or "success" in rows[0] else "return"
@@ -175,4 +176,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # an ASCII terminal
     main(tyro.cli(Args))

@@ -68,7 +68,8 @@ def find_runs(args: Args) -> list[dict]:
     """The finished runs below the folders, each with its arm and score."""
     folders, runs = {}, []
     for path in args.runs:
-        found = [x.parent for x in sorted(path.rglob("eval.csv")) if (x.parent / FILES[0]).exists()]
+        below = sorted(Path(x) for x, _, _ in os.walk(path, followlinks=True))
+        found = [x for x in below if (x / "eval.csv").exists() and (x / FILES[0]).exists()]
         folders |= dict.fromkeys(x.resolve() for x in found or sys.exit(f"error: no run in {path}"))
     for run in map(read_run, folders):
         if max(run["curve"], default=-1) < run["steps"]:
@@ -221,11 +222,11 @@ def keep(run: dict, folder: Path):
 def put(page: Path, section: str, text: str):
     """Between the section's marks, and nowhere else."""
     begin, end = f"<!-- results.py: {section} -->\n", "<!-- end -->"
-    before, _, rest = (page.read_text() if page.exists() else "").partition(begin)
+    before, _, rest = (page.read_text(encoding="utf-8") if page.exists() else "").partition(begin)
     inside, found, after = rest.partition(end)
     if not found or "<!-- results.py:" in inside:
         sys.exit(f"error: {page} needs two lines, {begin.strip()} and, after it, {end}")
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def main(args: Args):
@@ -237,7 +238,7 @@ def main(args: Args):
     png, scores = (Path(f"{args.output}.{ending}") for ending in ("png", "csv"))
     png.parent.mkdir(parents=True, exist_ok=True)
     figure_of(pools, tasks, labels).savefig(png, dpi=110)
-    with open(scores, "w", newline="") as file:
+    with open(scores, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for run in itertools.chain(*pools.values()):
@@ -253,4 +254,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # an ASCII terminal
     main(tyro.cli(Args))

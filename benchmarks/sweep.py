@@ -362,6 +362,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # an ASCII terminal
     try:
         main(tyro.cli(Args))
     except (common.UserError, KeyboardInterrupt) as error:

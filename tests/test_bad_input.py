@@ -314,6 +314,12 @@ FILES = {  # what stands in a file: flags as a function of (folder, dataset, scr
     "resuming another script's": (
         lambda t, d, s: ["--resume", "--run-dir", copy_of(other_than(s), t)], "is needed",
     ),
+    "resuming and evaluating": (
+        lambda t, d, s: ["--resume", "--run-dir", copy_of(s, t), "--eval-only"], "leave one out",
+    ),
+    "resuming from no user's home": (
+        lambda t, d, s: ["--resume", "--run-dir", "~no-such-user/x"], "--run-dir; ~no-such-user",
+    ),
     "resuming with another setting": (
         lambda t, d, s: ["--resume", "--run-dir", copy_of(s, t), "--num-critics", 3],
         "--num-critics 2; 3; leave that flag out",

@@ -160,7 +160,7 @@ def usual(**changes):
         (dict(low=2), "must be below high"),
         (dict(high=np.inf), "both finite"),
         (dict(rewards=np.full(6, np.nan)), "rewards is not finite"),
-        (dict(chunk_length=7), "6 transitions hold no chunk of length 7"),
+        (dict(chunk_length=4), "no episode holds a chunk of length 4: the longest has 3"),
     ],
 )
 def test_transitions_that_cannot_be_meant_are_refused(change, words):

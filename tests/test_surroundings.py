@@ -1,11 +1,15 @@
 """What surrounds a run must not break or bend it: variables of other programs, terminals, pipes,
 temporary folders, shared machines, and programs that call `main` as a function."""
 
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -16,6 +20,11 @@ import common
 import trqam_offline
 
 SHORT = [*TINY, "--bc-steps", "4", "--offline-steps", "4", "--eval-episodes", "1"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def run(words, cwd=None, **variables):
@@ -205,10 +214,139 @@ def test_a_script_that_git_does_not_hold_makes_the_commit_one_with_changes(tmp_p
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *words], check=True)
     clean = common.git_commit()
-    variant = type("", (), {"__file__": str(tmp_path / "trqam_const.py")})
-    assert len(clean) == 40 and common.git_commit(variant) == f"{clean}+changes"
+    assert len(clean) == 40
+    for variant in (str(tmp_path / "trqam_const.py"), "a notebook"):
+        assert common.git_commit(variant) == f"{clean}+changes"
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a hook of another repository
+    assert common.git_commit() == clean
     (tmp_path / "common.py").write_text("changed")
     assert common.git_commit() == f"{clean}+changes"
+
+
+def test_a_folder_of_files_is_one_dataset_or_refused(dataset, tmp_path, capsys):
+    other = "pointmaze-large-navigate-v0.npz"  # by its name, of another maze
+    load = functools.partial(
+        common.load_dataset, ENV, chunk_length=1, gamma=1.0, dataset_path=str(tmp_path)
+    )
+    (tmp_path / other).write_bytes(dataset.read_bytes())
+    (tmp_path / "._x.npz").write_bytes(b"of a file manager")
+    load()
+    assert f"{other} has the name of another dataset" in capsys.readouterr().out
+    (tmp_path / "twice.npz").write_bytes(dataset.read_bytes())
+    with pytest.raises(common.UserError, match="holds a file twice"):
+        load()
+    (tmp_path / "twice.npz").unlink()
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(common.UserError, match="pipe.npz is no file"):
+        load()
+    (tmp_path / "pipe.npz").unlink()
+    made = dict(dataset=other.removesuffix(".npz"), sha256=common.file_hash(dataset))
+    (tmp_path / other).with_suffix(".json").write_text(json.dumps(made))
+    with pytest.raises(common.UserError, match="was collected as pointmaze-large"):
+        load()
+
+
+def test_collected_data_in_a_folder_that_is_only_read(dataset, monkeypatch):
+    monkeypatch.setattr(common, "make_folder", None)
+    name = "pointmaze-medium-navigate-v0"
+    assert common.collect_dataset(name, 2, 0, str(dataset.parent)) == dataset
+
+
+def test_a_worker_that_is_killed_is_told_as_one():
+    evaluator = common.Evaluator(ENV, 20, episodes=2, seed=0, noise_dim=1)
+
+    def policy(observation, noise):
+        evaluator.envs.processes[1].kill()
+        return torch.zeros(len(observation), 40)
+
+    with pytest.raises(common.UserError, match="a worker process has ended"):
+        evaluator.evaluate(policy)
+    evaluator.close(at_once=True)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def without(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(common.fcntl, "flock", without)
+    common.lock_file(tmp_path / "x.lock", wait=False).close()
+    assert f"{tmp_path} is on a file system without locks" in capsys.readouterr().out
+
+
+def test_limits_of_this_processs_control_group_and_those_above(tmp_path, monkeypatch):
+    files = {
+        "/proc/self/cgroup": "1:cpu:/old\n0::/job/step\n",
+        "/sys/fs/cgroup/memory.max": "max",
+        "/sys/fs/cgroup/job/memory.max": f"{2**32}",
+        "/sys/fs/cgroup/job/step/memory.max": "max",
+        "/sys/fs/cgroup/job/step/cpu.max": "150000 100000",
+    }
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in files)
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert common.total_memory() == 2**32 and common.cores() == 2
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_and_settings_of_matplotlib_count_not(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "$a_b$" / "x.npz"
+    path.parent.mkdir()
+    path.write_bytes(dataset.read_bytes())
+    with matplotlib.rc_context({"text.usetex": True, "savefig.format": "pdf"}):
+        flags = [*SHORT, "--dataset-path", path]
+        assert start(trqam_offline, monkeypatch, *flags, "--run-dir", "run") is None
+    assert Path("run/learning_curve.png").read_bytes()[1:4] == b"PNG"
+    monkeypatch.setattr(common.Run, "draw", lambda run: 1 / 0)
+    assert start(trqam_offline, monkeypatch, *flags, "--run-dir", "other") is None
+    said = capsys.readouterr().out
+    assert "learning curve could not be drawn (division by zero)" in said and "minutes;" in said
+
+
+def test_each_run_is_one_of_weights_and_biases(dataset, monkeypatch):
+    calls = []
+
+    class Wandb:
+        id = "an-id"
+
+        def init(self, **words):
+            calls.append(words["id"])
+            if not words["id"] and len(calls) > 3:
+                raise RuntimeError("No API key configured")
+            return self
+
+        def finish(self, exit_code):
+            calls.append(exit_code)
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb())
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: True)
+    flags = [*SHORT, "--dataset-path", dataset, "--track", "--run-dir"]
+    assert start(trqam_offline, monkeypatch, *flags, "run") is None
+    assert start(trqam_offline, monkeypatch, "--resume", "--track", "--run-dir", "run") is None
+    assert calls == [None, 0, "an-id", 0]
+    assert "try `wandb login`" in start(trqam_offline, monkeypatch, *flags, "other")
+
+
+def test_a_callers_signal_handlers_come_back(dataset, monkeypatch):
+    monkeypatch.setattr(common.Run, "finish", lambda run, policy: None)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    flags = [*SHORT, "--dataset-path", dataset, "--run-dir", "run"]
+    assert start(trqam_offline, monkeypatch, *flags) is None
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_IGN
+
+
+def test_a_folder_that_another_run_has_had_meanwhile_is_refused(dataset, monkeypatch):
+    load = common.load_dataset
+
+    def and_another(*words, **settings):
+        Path("run").mkdir()
+        Path("run/checkpoint.pt").write_text("another's")
+        return load(*words, **settings)
+
+    monkeypatch.setattr(common, "load_dataset", and_another)
+    flags = [*SHORT, "--dataset-path", dataset, "--run-dir", "run"]
+    assert "is not empty" in start(trqam_offline, monkeypatch, *flags)
+    assert Path("run/checkpoint.pt").read_text() == "another's"
 
 
 def test_the_data_needs_torch_and_numpy_alone():
