@@ -193,7 +193,7 @@ FLAGS = {  # a row a case: flags, and the words that the one line must hold
     "--eval-episodes 0": "--eval-episodes; greater than 0",
     "--batch-size 0": "--batch-size; greater than 0",
     "--batch-size 2001": "--batch-size 2001; 2000 transitions",
-    "--chunk-length 2001": "2000 transitions; 2001",
+    "--chunk-length 2001": "chunk of length 2001; 1000 transitions",
     "--num-critics -1": "--num-critics; greater than 0",
     "--best-of-n 0": "--best-of-n; greater than 0",
     "--offline-steps -5": "--offline-steps; 0 or greater",
