@@ -327,6 +327,24 @@ def test_each_run_is_one_of_weights_and_biases(dataset, monkeypatch):
     assert "try `wandb login`" in start(trqam_offline, monkeypatch, *flags, "other")
 
 
+@pytest.mark.parametrize("env_id", [ENV, "cube-single-play-singletask-task2-v0"])
+def test_films_of_each_kind_of_environment(env_id, tmp_path, monkeypatch):
+    """Without a renderer: its pictures are empty."""
+    monkeypatch.setenv("DISPLAY", "none")
+    make = common.make_env
+
+    def without_renderer(*words, **settings):
+        env = make(*words, **settings)
+        monkeypatch.setattr(type(env.unwrapped), "render", lambda _: np.zeros((9, 9, 3), np.uint8))
+        return env
+
+    monkeypatch.setattr(common, "make_env", without_renderer)
+    (size,) = make(env_id).action_space.shape
+    chunks = np.zeros((3, 2 * size), np.float32)
+    common.film_here(env_id, None, 2, [(5, chunks), (6, chunks)], tmp_path, "x")
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"x-episode-0.mp4", "x-episode-1.mp4"}
+
+
 def test_a_callers_signal_handlers_come_back(dataset, monkeypatch):
     monkeypatch.setattr(common.Run, "finish", lambda run, policy: None)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
