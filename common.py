@@ -104,6 +104,7 @@ def register_task(env_id: str, make_env: Callable, load_arrays: Callable):
     load_arrays: () -> dict of the arrays that `ChunkDataset.from_transitions` takes.
     """
     TASKS[env_id] = make_env, load_arrays
+    unplayed_env.cache_clear()  # of another by that name
 
 
 @functools.cache
@@ -186,6 +187,7 @@ def make_env(env_id: str, own: Callable | None = None, **kwargs):
     for space in (env.observation_space, env.action_space):
         require(isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1,
                 f"{env_id} has the space {space}; it must be a Box of one dimension")
+    require(env.action_space.is_bounded(), f"{env_id}: the Box of its actions must have bounds")
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return with_seeded_resets(env)
@@ -313,6 +315,7 @@ class ChunkDataset:
         self.observations, self.actions, self.rewards, self.masks, terminals = arrays
         self.actions = self.actions.clamp(-1 + 1e-5, 1 - 1e-5)
         self.rewards = -(self.rewards != 0).float() if sparse else self.rewards
+        terminals = terminals.clone()
         terminals[-1] = 1.0  # the last row of all ends an episode in any case
         final = terminals.nonzero().flatten()  # [episodes], rows
         # Transitions are numbered without the final states: episode e's last one is ends[e] - 1.
@@ -341,7 +344,14 @@ class ChunkDataset:
             rewards=rewards, terminated=terminated, truncated=truncated)
         given = {key: np.asarray(x) for key, x in given.items()}
         check_shapes(given, "N")
+        for key, x in given.items():
+            if not np.isfinite(x).all():
+                raise ValueError(f"{key} is not finite: remove rows that hold NaN or infinity")
+            if key in ("terminated", "truncated") and not np.isin(x, (0, 1)).all():
+                raise ValueError(f"{key} must be 0 or 1, or booleans")
         s, a, following, rewards, terminated, truncated = given.values()
+        if following.shape != s.shape:
+            raise ValueError(f"next_observations must be {[*s.shape]}, not {[*following.shape]}")
         done = terminated.astype(bool) | truncated.astype(bool)
         done[-1:] = True
         breaks = ~done[:-1] & ~np.isclose(following[:-1], s[1:], atol=1e-4, equal_nan=True).all(-1)
@@ -352,6 +362,8 @@ class ChunkDataset:
         low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
         if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
             raise ValueError(f"low {low} must be below high {high}, and both finite")
+        if not {low.shape, high.shape} <= {(), (1,), a.shape[1:]}:
+            raise ValueError(f"low and high must be numbers or {[a.shape[1]]}")
         # Each end is followed by a final state's row.
         row = np.arange(len(done)) + np.cumsum(done) - done
         final = row[done] + 1
@@ -450,11 +462,12 @@ class ChunkDataset:
 def check_shapes(arrays: dict[str, Any], rows: str):
     """Raise ValueError for arrays (NumPy's or tensors) without a row for each of `rewards`."""
     count = arrays["rewards"].shape[:1]
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items(), key=lambda item: item[0] != "rewards"):
         wide = name.endswith("ons")  # of observations and actions
         if array.ndim != 1 + wide or array.shape[:1] != count or 0 in array.shape:
             kind = f"[{rows}, ...]" if wide else f"[{rows}]"
-            raise ValueError(f"{name} must be {kind} for {rows} rewards, not {[*array.shape]}")
+            raise ValueError(f"{name} must be {kind}, a row for each of {rows} rewards, here "
+                             f"{[*count]}, not {[*array.shape]}")
 
 
 def check_arrays(arrays: dict[str, torch.Tensor]):
@@ -467,6 +480,8 @@ def check_arrays(arrays: dict[str, torch.Tensor]):
         if name == "actions" and max(-low, high) > 1 + 1e-3:
             raise ValueError(f"actions lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: scale them, "
                              "as from_transitions does, by the action space's low and high")
+    if not ((arrays["masks"] == 0) | (arrays["masks"] == 1)).all():
+        raise ValueError("masks must be 0, where the task is done, or 1")
     last = arrays["terminals"] != 0
     if not last.any():
         raise ValueError("terminals marks no episode's end: set it at each final state, or give "
@@ -558,7 +573,8 @@ def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool =
     device, env = torch.device(device), unplayed_env(env_id)
     settings = dict(chunk_length=chunk_length, gamma=gamma, sparse=sparse)
     if env_id in TASKS:
-        arrays, space, digest = TASKS[env_id][1](), env.unwrapped.action_space, hashlib.sha256()
+        own, load_arrays = TASKS[env_id]
+        arrays, space, digest = load_arrays(), own().action_space, hashlib.sha256()
         for key in sorted(arrays):
             digest.update(np.ascontiguousarray(arrays[key]).tobytes())
         info = dict(origin="own", dataset=env_id, files=[], sha256=digest.hexdigest())
@@ -582,8 +598,12 @@ def load_dataset(env_id: str, *, chunk_length: int, gamma: float, sparse: bool =
             for key, part in zip(arrays, parts):
                 part.copy_(torch.from_numpy(data[key]))
         make = ChunkDataset
-    with telling(f"the data of {env_id} cannot be used", "mend it", (TypeError, ValueError)):
+    way = "mend it, or see the arguments of ChunkDataset.from_transitions"
+    with telling(f"the data of {env_id} cannot be used", way, (TypeError, ValueError)):
         dataset = make(**arrays, **settings, device=device)
+    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        (width,), there = space.shape, getattr(dataset, name).shape[1]
+        require(there == width, f"the data's {name} have {there} numbers, and {env_id}'s {width}")
     info |= dict(transitions=dataset.size, episodes=dataset.episodes)
     info |= dict(published_transitions=PUBLISHED.get(domain_of(env_id), 0))
     return dataset, info | dict(success_fraction=float((dataset.masks == 0).float().mean()))
@@ -914,7 +934,8 @@ class Evaluator:
                 results.append(self.play(policy, samples, seeds)[:, : len(seeds)])
         scores = {"episodes": len(self.seeds)}
         for key, values in zip(SCORES, np.concatenate(results, axis=1)):
-            if np.isfinite(values).all():
+            if np.isfinite(values).any():  # some environments tell success only where there is some
+                values = np.nan_to_num(values)
                 scores[key] = float(values.mean())
                 if len(values) > 1:
                     scores[f"{key}_stderr"] = float(values.std(ddof=1) / np.sqrt(len(values)))
@@ -938,6 +959,7 @@ class Evaluator:
             require_finite("an action in the evaluation", chunks)
             observation, reward, terminated, truncated, info = self.envs.step(chunks)
             require_finite("an observation in the evaluation", observation[playing])
+            require_finite("a reward in the evaluation", reward[playing])
             executed.append(chunks)
             returns, lengths = returns + reward, lengths + info["steps"]
             playing &= ~(terminated | truncated)
@@ -1082,6 +1104,9 @@ class RunArgs:
                 f"--device must be auto, cpu, cuda or cuda:N, not {self.device}")
         if self.env_id not in TASKS:
             split_env_id(self.env_id)
+        elif self.dataset_path or self.collect_episodes:
+            raise UserError("--dataset-path and --collect-episodes: leave them out, because "
+                            f"{self.env_id} has data of its own")
 
 
 OF_A_SITTING = set("run_dir resume eval_only checkpoint device num_threads compile cuda_graph "
@@ -1220,8 +1245,9 @@ def write_checkpoint(path: Path, content: dict[str, Any], previous: Path | None 
     write_atomically(path, buffer.getbuffer(), previous)
 
 
-def restore_state(value: Any, state: Any):
-    """Return a network, optimizer or generator to a state. Raises where that does not fit."""
+def restore_state(value: Any, state: Any, resumes: bool):
+    """Return a network, optimizer or generator to a state. Raises where that does not fit. Its
+    learning rates belong to an optimizer's state where the run `resumes`, else to the settings."""
     if isinstance(value, torch.Generator):
         value.set_state(state)
     elif isinstance(value, torch.optim.Optimizer):
@@ -1230,7 +1256,7 @@ def restore_state(value: Any, state: Any):
             for moment in moments.values():  # torch would write past the end of a smaller one
                 if moment.dim() and moment.shape != weights[number].shape:
                     raise ValueError(f"moment {number} is of another shape")
-        value.load_state_dict({**value.state_dict(), "state": state["state"]})
+        value.load_state_dict(state if resumes else value.state_dict() | {"state": state["state"]})
     else:
         value.load_state_dict(state)
 
@@ -1323,7 +1349,7 @@ class Run:
         for name, value in objects.items():
             if name in self.state:
                 with fitting(f"{self.source}: its {name}"):
-                    restore_state(value, self.state.pop(name))
+                    restore_state(value, self.state.pop(name), self.args.resume)
 
     def load_clone(self, clone: torch.nn.Module):
         """Take over the cloned policy of args.bc_checkpoint. Raises UserError."""
@@ -1607,7 +1633,7 @@ class Run:
         place = lambda row: start[row["stage"]] + row["step"] if row["stage"] in start else 0
         evals = self.rows["eval.csv"]
         train = [row for row in self.rows["train.csv"] if row["stage"] in start]
-        key = next(key for key in SCORES if key in evals[-1])
+        key = next(key for key in SCORES if all(key in row for row in evals))
         values, errors = ([row.get(x, 0) for row in evals] for x in (key, f"{key}_stderr"))
         score.errorbar([*map(place, evals)], values, errors, fmt="o-", ms=3, label=self.script)
         score.axhline(values[0], color="0.4", ls="--", label="behaviour cloning")

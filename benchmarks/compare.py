@@ -66,7 +66,7 @@ def read_run(folder: Path) -> dict:
         settings |= dict(ogbench=config.get("versions", {}).get("ogbench"))  # which scores
         settings |= dict(offline_steps=offline) if online else {}  # before the online ones
         place, curve = dict(bc=lambda step: 0, offline=int, online=lambda x: offline + int(x)), {}
-        measure = "success" if not rows or "success" in rows[0] else "return"
+        measure = "success" if all(row.get("success") for row in rows) else "return"
         for row in rows:
             scores = float(row[measure]), float(row.get(f"{measure}_stderr") or "nan")
             curve[place[row["stage"]](row["step"])] = scores

@@ -108,8 +108,9 @@ def test_every_transition_comes_back(arrays, chunk_length, gamma, as_lists):
         low=np.array([-2, 0]), high=np.array([2, 5]), chunk_length=chunk_length, gamma=gamma
     )
     given_arrays = [array.tolist() for array in arrays] if as_lists else arrays
-    if chunk_length > n:
-        with pytest.raises(ValueError, match="no chunk"):
+    ends = np.flatnonzero((terminated | truncated)[:-1])
+    if chunk_length > np.diff([-1, *ends, n - 1]).max():
+        with pytest.raises(ValueError, match="no episode holds a chunk"):
             common.ChunkDataset.from_transitions(*given_arrays, **words)
         return
     dataset = common.ChunkDataset.from_transitions(*given_arrays, **words)
@@ -160,6 +161,11 @@ def usual(**changes):
         (dict(low=2), "must be below high"),
         (dict(high=np.inf), "both finite"),
         (dict(rewards=np.full(6, np.nan)), "rewards is not finite"),
+        (dict(observations=np.full((6, 1), np.nan)), "^observations is not finite"),
+        (dict(terminated=np.arange(6) * 255 == 5 * 255, truncated=[0, 0, 255, 0, 0, 0]), "0 or 1"),
+        (dict(next_observations=np.zeros((6, 2))), "next_observations must be"),
+        (dict(low=[-1, -1, -1]), "low and high must be numbers or"),
+        (dict(rewards=np.zeros(4)), r"for each of N rewards, here \[4\]"),
         (dict(chunk_length=4), "no episode holds a chunk of length 4: the longest has 3"),
     ],
 )

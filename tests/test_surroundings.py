@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import matplotlib
 import numpy as np
 import pytest
@@ -125,8 +126,6 @@ def test_evaluation_takes_no_more_processes_than_memory_has_room_for(monkeypatch
     class Vector:
         def __init__(self, makers, **_):
             started.append(len(makers))
-
-    import gymnasium
 
     monkeypatch.setattr(gymnasium.vector, "AsyncVectorEnv", Vector)
     monkeypatch.setattr(common, "cores", lambda: 64)
@@ -325,6 +324,39 @@ def test_each_run_is_one_of_weights_and_biases(dataset, monkeypatch):
     assert start(trqam_offline, monkeypatch, "--resume", "--track", "--run-dir", "run") is None
     assert calls == [None, 0, "an-id", 0]
     assert "try `wandb login`" in start(trqam_offline, monkeypatch, *flags, "other")
+
+
+def test_actions_are_scaled_once_where_a_task_scales_its_own(monkeypatch):
+    monkeypatch.setattr(common, "TASKS", {})
+    rows = dict(observations=np.zeros((2, 3)), next_observations=np.zeros((2, 3)))
+    rows |= dict(rewards=np.ones(2), terminated=[False, True], truncated=[False, False])
+    for wrap, actions in ((lambda env: gymnasium.wrappers.RescaleAction(env, -1, 1), 0.5),
+                          (lambda env: env, 1.0)):  # Pendulum's are in [-2, 2]
+        make = lambda wrap=wrap, **words: wrap(gymnasium.make("Pendulum-v1", **words))
+        load = lambda actions=actions: rows | dict(actions=np.full((2, 1), actions))
+        common.register_task("own-v0", make, load)
+        data, _ = common.load_dataset("own-v0", chunk_length=1, gamma=1.0)
+        assert data.actions[0] == pytest.approx(0.5)
+    common.register_task("own-v0", make, lambda: rows | dict(actions=np.ones((2, 2))))
+    with pytest.raises(common.UserError, match="low and high|actions have 2 numbers"):
+        common.load_dataset("own-v0", chunk_length=1, gamma=1.0)
+
+
+def test_a_resumed_optimizer_has_the_learning_rate_it_had():
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    state = torch.optim.Adam(weights, lr=0.5).state_dict()
+    for resumes, rate in ((True, 0.5), (False, 0.1)):
+        optimizer = torch.optim.Adam(weights, lr=0.1)
+        common.restore_state(optimizer, state, resumes)
+        assert optimizer.param_groups[0]["lr"] == rate
+
+
+def test_success_that_is_told_only_where_there_is_some(monkeypatch):
+    evaluator = object.__new__(common.Evaluator)
+    evaluator.seeds, evaluator.envs = [0, 1, 2, 3], type("", (), {"num_envs": 4})
+    success = np.array([np.nan, 1.0, np.nan, np.nan])
+    monkeypatch.setattr(evaluator, "play", lambda *_: np.stack([success, success * 0 + 1, success]))
+    assert evaluator.evaluate(None)["success"] == 0.25
 
 
 @pytest.mark.parametrize("env_id", [ENV, "cube-single-play-singletask-task2-v0"])
