@@ -54,6 +54,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "whole_episodes: evaluations are not cut short")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that pytest-xdist's other process does not wait for it at the end."""
+    items.sort(key=lambda item: "node_die" not in item.name)
+
+
 def pytest_terminal_summary(terminalreporter):
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, words in report.user_properties:
