@@ -56,7 +56,7 @@ step install 60 bash -c install
 begin_prior
 wait_for_prior 400 || exit 1
 stop=540  # seconds after which a run is asked to save and end
-[ -z "${TINY:-}" ] || stop=$((SECONDS + 300))  # the runs are short, and end before
+[ -z "${TINY:-}" ] || stop=$((SECONDS + 140))
 if [ -n "$gpu" ] && start_mps > logs/mps.log 2>&1; then
   trap 'stop_mps; pack' EXIT
   together $((stop - SECONDS)) 1 3
