@@ -343,18 +343,16 @@ class ChunkDataset:
             observations=observations, actions=actions, next_observations=next_observations,
             rewards=rewards, terminated=terminated, truncated=truncated)
         given = {key: np.asarray(x) for key, x in given.items()}
-        check_shapes(given, "N")
-        for key, x in given.items():
-            if not np.isfinite(x).all():
-                raise ValueError(f"{key} is not finite: remove rows that hold NaN or infinity")
-            if key in ("terminated", "truncated") and not np.isin(x, (0, 1)).all():
+        check_rows(given, "N")
+        for key in ("terminated", "truncated"):
+            if not np.isin(given[key], (0, 1)).all():
                 raise ValueError(f"{key} must be 0 or 1, or booleans")
         s, a, following, rewards, terminated, truncated = given.values()
         if following.shape != s.shape:
             raise ValueError(f"next_observations must be {[*s.shape]}, not {[*following.shape]}")
         done = terminated.astype(bool) | truncated.astype(bool)
         done[-1:] = True
-        breaks = ~done[:-1] & ~np.isclose(following[:-1], s[1:], atol=1e-4, equal_nan=True).all(-1)
+        breaks = ~done[:-1] & ~np.isclose(following[:-1], s[1:], atol=1e-4).all(-1)
         if breaks.any():
             raise ValueError(
                 f"next_observations[{breaks.argmax()}] is not the row after it: keep rows in "
@@ -459,8 +457,9 @@ class ChunkDataset:
             raise ValueError("its episodes do not follow each other")
 
 
-def check_shapes(arrays: dict[str, Any], rows: str):
-    """Raise ValueError for arrays (NumPy's or tensors) without a row for each of `rewards`."""
+def check_rows(arrays: dict[str, Any], rows: str):
+    """Raise ValueError for arrays (NumPy's or tensors) that have not a row for each of `rewards`,
+    or are not finite."""
     count = arrays["rewards"].shape[:1]
     for name, array in sorted(arrays.items(), key=lambda item: item[0] != "rewards"):
         wide = name.endswith("ons")  # of observations and actions
@@ -468,18 +467,17 @@ def check_shapes(arrays: dict[str, Any], rows: str):
             kind = f"[{rows}, ...]" if wide else f"[{rows}]"
             raise ValueError(f"{name} must be {kind}, a row for each of {rows} rewards, here "
                              f"{[*count]}, not {[*array.shape]}")
+        if not (math.isfinite(array.min()) and math.isfinite(array.max())):
+            raise ValueError(f"{name} is not finite: remove rows that hold NaN or infinity")
 
 
 def check_arrays(arrays: dict[str, torch.Tensor]):
     """Raise ValueError for arrays that no `ChunkDataset` can be made of."""
-    check_shapes(arrays, "M")
-    for name, array in arrays.items():
-        low, high = array.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            raise ValueError(f"{name} is not finite: remove rows that hold NaN or infinity")
-        if name == "actions" and max(-low, high) > 1 + 1e-3:
-            raise ValueError(f"actions lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: scale them, "
-                             "as from_transitions does, by the action space's low and high")
+    check_rows(arrays, "M")
+    low, high = arrays["actions"].aminmax()
+    if max(-low, high) > 1 + 1e-3:
+        raise ValueError(f"actions lie in [{low:.3g}, {high:.3g}], not in [-1, 1]: scale them, as "
+                         "from_transitions does, by the action space's low and high")
     if not ((arrays["masks"] == 0) | (arrays["masks"] == 1)).all():
         raise ValueError("masks must be 0, where the task is done, or 1")
     last = arrays["terminals"] != 0
@@ -1855,7 +1853,7 @@ def cores() -> int:
 def total_memory() -> int:
     """Bytes of memory of the machine, or of the container."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(total, *(int(limit) for [limit] in limits_of("memory.max")), total)
+    return min([total, *(int(limit) for [limit] in limits_of("memory.max"))])
 
 
 def limits_of(name: str) -> list[list[str]]:
